@@ -1,0 +1,62 @@
+"""Text, cut into windows of tokens."""
+
+import hashlib
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from poise.core.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text:
+    """What a model reads.
+
+    Attributes:
+        name: for reports.
+        content: the text itself.
+    """
+
+    name: str
+    content: str
+
+    @property
+    def hash(self) -> str:
+        return hashlib.sha256(self.content.encode()).hexdigest()
+
+    def windows(self, tokenizer: Any, length: int, limit: int | None = None) -> list[list[int]]:
+        """Consecutive windows of exactly ``length`` tokens, each opened as the tokenizer opens a text.
+
+        What is left at the end is dropped, unless it is all there is.
+
+        Raises:
+            UsageError: less than two tokens.
+        """
+        opening = tokenizer("")["input_ids"][:1]
+        tokens = tokenizer(self.content, add_special_tokens=False, verbose=False)["input_ids"]
+        step = length - len(opening)
+        if len(tokens) < 2 or step < 2:
+            raise UsageError(f"{self.name}: {len(tokens)} tokens are too few to measure anything; give a longer text")
+        starts = range(0, max(1, len(tokens) - step + 1), step)
+        return [[*opening, *tokens[start : start + step]] for start in starts][:limit]
+
+
+def load_text(path: str | Path | None) -> Text:
+    """A UTF-8 text file, or the short sample that comes with Poise.
+
+    Raises:
+        UsageError: the file cannot be read or is empty.
+    """
+    if path is None:
+        content = (resources.files("poise.calibration") / "sample.txt").read_text(encoding="utf-8")
+        return Text(name="the built-in sample", content=content)
+    try:
+        content = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: not UTF-8 text (byte {error.start})") from error
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror})") from error
+    if not content.strip():
+        raise UsageError(f"{path}: is empty")
+    return Text(name=Path(path).name, content=content)

@@ -1,0 +1,33 @@
+"""The command line: one subcommand a file."""
+
+import sys
+
+import typer
+
+from poise.cli import bench, doctor, evaluate, inspect, probe, quantize
+from poise.core.errors import PoiseError
+
+app = typer.Typer(
+    name="poise",
+    help="Quantize language models, prove what was lost, run them on the engines people use.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+app.command("quantize")(quantize.run)
+app.command("evaluate")(evaluate.run)
+app.command("inspect")(inspect.run)
+app.command("bench")(bench.run)
+app.command("doctor")(doctor.run)
+app.command("probe", hidden=True)(probe.run)
+
+
+def main() -> None:
+    """Runs a command; an error of ours is one line on stderr and its exit code, Ctrl-C is 130."""
+    try:
+        app()
+    except PoiseError as error:
+        print(f"poise: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("poise: interrupted; what is finished is kept, --resume continues", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,43 @@
+"""Dense packing of small codes: code i of a row occupies bits [i*b, (i+1)*b) of a little-endian stream,
+each row padded to whole 32-bit words. This is also the layout of compressed-tensors' ``pack-quantized``.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+
+def words(columns: int, bits: int) -> int:
+    """32-bit words that hold a row of codes."""
+    return -(-columns * bits // 32)
+
+
+def pack_bits(codes: Tensor, bits: int) -> Tensor:
+    """Packs uint8 codes below 2**bits, [rows, columns], into int32 words, [rows, words]."""
+    rows, columns = codes.shape
+    if bits == 8:
+        packed = codes
+    elif bits == 4:
+        even = pad(codes, (0, columns % 2))
+        packed = even[:, ::2] | (even[:, 1::2] << 4)
+    else:
+        eights = pad(codes, (0, -columns % 8)).view(rows, -1, 8).long()
+        joined = (eights << torch.arange(0, 8 * bits, bits)).sum(-1, keepdim=True)
+        packed = joined.view(torch.uint8)[..., :bits].reshape(rows, eights.shape[1] * bits)
+    length = 4 * words(columns, bits)
+    packed = pad(packed, (0, max(0, length - packed.shape[1])))[:, :length]
+    return packed.contiguous().view(torch.int32)
+
+
+def unpack_bits(packed: Tensor, bits: int, columns: int) -> Tensor:
+    """Inverse of ``pack_bits``: uint8 codes [rows, columns]."""
+    stream = packed.contiguous().view(torch.uint8)
+    rows = stream.shape[0]
+    if bits == 8:
+        return stream[:, :columns].clone()
+    if bits == 4:
+        return torch.stack((stream & 15, stream >> 4), dim=-1).view(rows, -1)[:, :columns].contiguous()
+    chunks = pad(stream, (0, -stream.shape[1] % bits)).view(rows, -1, bits)
+    joined = pad(chunks, (0, 8 - bits)).contiguous().view(torch.int64)
+    codes = (joined >> torch.arange(0, 8 * bits, bits)) & (2**bits - 1)
+    return codes.to(torch.uint8).view(rows, -1)[:, :columns].contiguous()

@@ -1,0 +1,89 @@
+"""transformers on torch: every checkpoint, with its weights as Poise decodes them.
+
+The model computes in float32 with de-quantized weights, so that what is measured is the quantization and
+not the arithmetic of a kernel. Matrices whose plan rounds activations get the same per-token rounding
+here that integer engines apply (symmetric, dynamic, scale = absmax / (2^(b-1) - 1/2)).
+"""
+
+import time
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from poise.core.checkpoint import Checkpoint
+from poise.core.engine import Engine, Generation
+from poise.core.errors import EngineError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Torch(Engine):
+    """Runs a causal language model of transformers.
+
+    Args:
+        dtype: what it computes in.
+    """
+
+    reads: ClassVar[tuple[str, ...]] = ("huggingface", "gguf")
+
+    def __init__(self, dtype: str = "float32") -> None:
+        if dtype not in DTYPES:
+            raise EngineError(f"the torch engine computes in {', '.join(DTYPES)}, not in {dtype}")
+        self._dtype = DTYPES[dtype]
+        self._model: Any = None
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        values = {k: v for k, v in checkpoint.config.items() if k not in ("model_type", "quantization_config")}
+        config = AutoConfig.for_model(checkpoint.config["model_type"], **values)
+        weights = {name: checkpoint.read(name).to(self._dtype) for name in checkpoint.tensors()}
+        model_class = AutoModelForCausalLM._model_mapping[type(config)]
+        model, report = model_class.from_pretrained(
+            None, config=config, state_dict=weights, dtype=self._dtype, output_loading_info=True
+        )
+        missing = [name for name in report["missing_keys"] if name != "lm_head.weight"]
+        if missing or report["mismatched_keys"]:
+            raise EngineError(f"{checkpoint.source}: lacks {sorted(missing) or sorted(report['mismatched_keys'])}")
+        self._model = model.eval()
+        for path, bits in checkpoint.activations().items():
+            self._model.get_submodule(path).register_forward_pre_hook(_round_inputs(bits))
+
+    @torch.no_grad()
+    def logits(self, tokens: list[int]) -> Tensor:
+        scores: Tensor = self._model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0]
+        return scores.float()
+
+    @torch.no_grad()
+    def generate(self, tokens: list[int], n: int) -> Generation:
+        start = time.perf_counter()
+        made: list[int] = []
+        seconds: list[float] = []
+        ids, cache = torch.tensor([tokens]), None
+        for _ in range(n):
+            seen = torch.ones(1, len(tokens) + len(made), dtype=torch.long)
+            output = self._model(
+                input_ids=ids, attention_mask=seen, past_key_values=cache, use_cache=True, logits_to_keep=1
+            )
+            cache = output.past_key_values
+            made.append(int(output.logits[0, -1].argmax()))
+            seconds.append(time.perf_counter() - start)
+            ids = torch.tensor([made[-1:]])
+        return Generation(tokens=made, seconds=seconds)
+
+    def close(self) -> None:
+        self._model = None
+
+
+def _round_inputs(bits: int) -> Any:
+    """A forward pre-hook that rounds the last axis of a layer's input as integer engines do."""
+    highest = 2 ** (bits - 1) - 1
+
+    def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        x = args[0]
+        scale = (x.abs().amax(-1, keepdim=True).float() / (highest + 0.5)).clamp(min=torch.finfo(torch.float32).tiny)
+        rounded = (x.float() / scale).round().clamp(-highest - 1, highest) * scale
+        return rounded.to(x.dtype), *args[1:]
+
+    return hook

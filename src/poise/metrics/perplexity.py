@@ -1,0 +1,22 @@
+"""exp of the mean negative log-likelihood of the text under the candidate."""
+
+from typing import ClassVar
+
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from poise.core.metric import LogitMetric
+
+
+class Perplexity(LogitMetric):
+    """Of every token but the first of each window (Jelinek et al. 1977). Not comparable between
+    tokenizers, window lengths or protocols; the protocol is part of the score."""
+
+    unit: ClassVar[str] = "perplexity"
+    protocol: ClassVar[str] = "all tokens but the first of a window"
+
+    def sample(self, reference: Tensor, candidate: Tensor, tokens: Tensor) -> float:
+        return float(cross_entropy(candidate, tokens))
+
+    def combine(self, samples: Tensor) -> Tensor:
+        return samples.mean(-1).exp()

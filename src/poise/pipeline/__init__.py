@@ -1,0 +1,6 @@
+"""The stages in their order; nothing else knows it."""
+
+from poise.pipeline.evaluate import bench, evaluate, probe
+from poise.pipeline.quantize import Estimate, dry_run, quantize
+
+__all__ = ["Estimate", "bench", "dry_run", "evaluate", "probe", "quantize"]

@@ -1,0 +1,338 @@
+"""checkpoint -> linears -> plan -> codes -> artifact -> read back -> manifest."""
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from poise.checkpoints import open_checkpoint
+from poise.core.artifact import CARD, Artifact, Manifest, list_files, write_atomically, write_manifest
+from poise.core.checkpoint import Checkpoint
+from poise.core.errors import ExportError, PoiseError, UsageError
+from poise.core.exporter import Exporter
+from poise.core.format import QTensor
+from poise.core.linear import Linear
+from poise.core.plan import Plan, PlanRow, Recipe
+from poise.core.registry import build, get, name_of, names
+from poise.core.run import Run, commit, peak_memory, versions
+from poise.core.solver import SLAB
+from poise.core.workspace import Workspace, explain_full_disk
+from poise.planning.planner import check_plan, make_plan
+from poise.planning.recipe import load_recipe
+from poise.reports.card import model_card
+
+COPY_RATE = 150e6
+"""Source bytes a second that reading, writing and reading back take together, beside the solving."""
+SHARD = 500_000_000
+"""Bytes an exporter may hold before it writes."""
+
+Progress = Callable[[str, int, int], None]
+"""Called with (stage, done, total) while work goes on."""
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """Progress that nobody watches."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What a run would do and need, told before anything is done.
+
+    Attributes:
+        seconds: solving time, from a sample of every distinct (solver, format); plus copying.
+        memory: peak resident bytes: the largest tensor in the forms it takes, on top of this process.
+        disk: bytes that are written, unfinished state included.
+    """
+
+    out: Path
+    plan: Plan
+    source_bytes: int
+    artifact_bytes: int
+    seconds: float
+    memory: int
+    disk: int
+    free_disk: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """One export: where it goes and what it holds."""
+
+    out: Path
+    exporter: Exporter
+    plan: Plan
+    gates: dict[str, float]
+
+
+def quantize(
+    model: str | Path,
+    recipe: str | Path | Recipe | Plan = "mobile",
+    out: str | Path = "quantized",
+    *,
+    to: str | Sequence[str] = "gguf",
+    force: bool = False,
+    resume: bool = False,
+    progress: Progress = silent,
+) -> list[Artifact]:
+    """Quantizes a model and exports it.
+
+    Args:
+        model: folder, ``.gguf`` file or hub id of the original.
+        recipe: name of a shipped recipe, a YAML file, a ``plan.json``, or one of these as an object.
+        out: folder to make; with several exporters, one folder a name inside it.
+        to: exporters.
+        force: replace what is at ``out`` and any unfinished run.
+        resume: continue an unfinished run at the first matrix that is not done.
+
+    Returns:
+        One artifact an exporter, each read back and found to be what was meant.
+
+    Raises:
+        PoiseError: see its subclasses; what was finished is kept for ``resume``.
+    """
+    run = Run(command=_command(model, recipe, to), inputs={})
+    checkpoint = open_checkpoint(model)
+    jobs = _jobs(checkpoint, recipe, Path(out), to)
+    _check_disk(checkpoint, jobs)
+    run.inputs["source"] = checkpoint.fingerprint()
+    artifacts = []
+    for job in jobs:
+        key = {"source": run.inputs["source"], "plan": job.plan.hash, "poise": versions()["poise"]}
+        job.out.parent.mkdir(parents=True, exist_ok=True)
+        if resume and job.out.exists() and (done := _finished(job, key)):
+            artifacts.append(done)
+            continue
+        workspace = Workspace(job.out, key, resume=resume, force=force)
+        with explain_full_disk(job.out.parent, f"free some and --resume: finished matrices are in {workspace.path}"):
+            _solve(checkpoint, job.plan, workspace, progress)
+            artifacts.append(_assemble(checkpoint, job, workspace, run, progress))
+    return artifacts
+
+
+def dry_run(
+    model: str | Path, recipe: str | Path | Recipe | Plan, out: str | Path, *, to: str | Sequence[str] = "gguf"
+) -> list[Estimate]:
+    """What ``quantize`` would do: the plan, sizes, time, memory and disk. Reads only the headers."""
+    checkpoint = open_checkpoint(model)
+    return [_estimate(checkpoint, job) for job in _jobs(checkpoint, recipe, Path(out), to)]
+
+
+def _command(model: str | Path, recipe: str | Path | Recipe | Plan, to: str | Sequence[str]) -> str:
+    """The command line of a run, without what does not change its result."""
+    wish = recipe if isinstance(recipe, str) else recipe.name if isinstance(recipe, Recipe | Path) else "plan.json"
+    source = Path(model).name if Path(model).exists() else model
+    exporters = [to] if isinstance(to, str) else to
+    return " ".join(["poise quantize", str(source), f"--recipe {wish}", *(f"--to {name}" for name in exporters)])
+
+
+def _jobs(
+    checkpoint: Checkpoint, recipe: str | Path | Recipe | Plan, out: Path, to: str | Sequence[str]
+) -> list[_Job]:
+    exporters = [to] if isinstance(to, str) else list(to)
+    if len(set(exporters)) != len(exporters) or not exporters:
+        raise UsageError(f"name each exporter once, there is {', '.join(names('exporter'))}")
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file; name a folder")
+    wish = _wish(recipe)
+    linears = checkpoint.linears()
+    if not linears:
+        raise UsageError(f"{checkpoint.source}: has no linear layer to quantize")
+    return [
+        _job(checkpoint, linears, wish, get("exporter", name)(), out / name if len(exporters) > 1 else out)
+        for name in exporters
+    ]
+
+
+def _wish(recipe: str | Path | Recipe | Plan) -> Recipe | Plan:
+    if isinstance(recipe, Recipe | Plan):
+        return recipe
+    if Path(recipe).suffix == ".json":
+        try:
+            return Plan.from_json(Path(recipe).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{recipe}: {error}") from error
+    return load_recipe(recipe)
+
+
+def _job(checkpoint: Checkpoint, linears: list[Linear], wish: Recipe | Plan, exporter: Exporter, out: Path) -> _Job:
+    exporter.check(checkpoint)
+    if isinstance(wish, Plan):
+        if wish.exporter != name_of(exporter):
+            raise UsageError(f"the plan is for {wish.exporter}, not for {name_of(exporter)}")
+        check_plan(wish, linears, exporter.accepts)
+        return _Job(out=out, exporter=exporter, plan=wish, gates={})
+    plan = make_plan(wish, linears, name_of(exporter), exporter.accepts, exporter.scale_dtype(checkpoint))
+    return _Job(out=out, exporter=exporter, plan=plan, gates=wish.gates)
+
+
+def _artifact_bytes(checkpoint: Checkpoint, plan: Plan) -> int:
+    planned = {row.name: row for row in plan.quantized}
+    total = 0.0
+    for name, info in checkpoint.tensors().items():
+        row = planned.get(name)
+        if row is None:
+            total += info.numel * checkpoint.dtype.itemsize
+        else:
+            total += build("format", str(row.format)).bits_per_weight(row.rows, row.columns) * info.numel / 8
+    return int(total)
+
+
+def _check_disk(checkpoint: Checkpoint, jobs: list[_Job]) -> None:
+    for job in jobs:
+        need, free = 2 * _artifact_bytes(checkpoint, job.plan), _free_disk(job.out)
+        if need > free:
+            raise PoiseError(
+                f"{job.out} needs about {need / 1e9:.1f} GB while it is made, {free / 1e9:.1f} GB are free: "
+                "free some or choose another disk"
+            )
+
+
+def _free_disk(path: Path) -> int:
+    existing = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+    return shutil.disk_usage(existing).free
+
+
+def _finished(job: _Job, key: dict[str, str]) -> Artifact | None:
+    """The artifact of an earlier, whole run with the same key, if that is what is there."""
+    with suppress(PoiseError):
+        artifact = Artifact.open(job.out)
+        same = artifact.manifest.plan_hash == key["plan"] and artifact.manifest.source_fingerprint == key["source"]
+        if same and not artifact.damaged():
+            return artifact
+    return None
+
+
+def _solve(checkpoint: Checkpoint, plan: Plan, workspace: Workspace, progress: Progress) -> None:
+    """Codes of every planned matrix that has none yet."""
+    linears = {linear.name: linear for linear in checkpoint.linears()}
+    total = sum(row.rows * row.columns for row in plan.quantized)
+    done = 0
+    for row in plan.quantized:
+        if not workspace.has(row):
+            weight = checkpoint.read_matrix(linears[row.name])
+            solver, format = build("solver", str(row.solver)), build("format", str(row.format))
+            workspace.store(row, solver.solve(weight, format, name=row.name))
+        done += row.rows * row.columns
+        progress(f"quantize {row.name}", done, total)
+
+
+def _assemble(checkpoint: Checkpoint, job: _Job, workspace: Workspace, run: Run, progress: Progress) -> Artifact:
+    progress("export", 0, 1)
+    folder = workspace.fresh_artifact()
+    rows = {row.name: row for row in job.plan.quantized}
+    model = job.exporter.export(checkpoint, job.plan, lambda name: workspace.load(rows[name]), folder)
+    progress("export", 1, 1)
+    exported = open_checkpoint(model)
+    _read_back(checkpoint, exported, rows, workspace, progress)
+    manifest = _manifest(checkpoint, exported, job, run, model.relative_to(folder).as_posix())
+    write_atomically(folder / "plan.json", job.plan.to_json() + "\n")
+    write_atomically(folder / CARD, model_card(manifest, job.plan, None))
+    manifest = replace(manifest, files=list_files(folder))
+    write_manifest(folder, manifest)
+    workspace.publish()
+    run.finish()
+    write_atomically(job.out.with_name(job.out.name + ".run.json"), json.dumps(asdict(run), indent=1) + "\n")
+    return Artifact(path=job.out, manifest=manifest, plan=job.plan)
+
+
+def _read_back(
+    source: Checkpoint, exported: Checkpoint, rows: dict[str, PlanRow], workspace: Workspace, progress: Progress
+) -> None:
+    """Every tensor, decoded by the consumer's own code, must be bit for bit what was meant.
+
+    Raises:
+        ExportError: names the first tensor that is not.
+    """
+    linears = {linear.name: linear for linear in source.linears()}
+    wanted, present = set(source.tensors()), exported.tensors()
+    if wanted != set(present):
+        raise ExportError(f"the artifact and the source differ in {sorted(wanted ^ set(present))[:3]}")
+    for number, name in enumerate(present, 1):
+        if name in rows:
+            _compare_codes(exported, linears[name], workspace.load(rows[name]))
+        else:
+            _compare_kept(name, exported.read(name), source.read(name))
+        progress("read back", number, len(present))
+
+
+def _compare_codes(exported: Checkpoint, linear: Linear, meant: QTensor) -> None:
+    """Slab by slab: decoded weights are four times as large as what they were read from."""
+    for start in range(0, linear.rows, step := max(1, SLAB // linear.columns)):
+        rows = slice(start, start + step)
+        got = exported.read_rows(linear, rows)
+        if not torch.equal(got, meant[rows].decode().to(got.dtype)):
+            raise ExportError(f"{linear.name}: what {exported.path} decodes to is not what was meant; please report this")
+
+
+def _compare_kept(name: str, got: Tensor, original: Tensor) -> None:
+    meant = original.to(got.dtype)
+    if not torch.equal(got, meant):
+        raise ExportError(f"{name}: kept, but the exported copy differs; please report this")
+    if not bool(torch.isfinite(got).all()):
+        raise ExportError(f"{name}: holds values that {got.dtype} cannot represent; plan a wider float format for it")
+
+
+def _manifest(checkpoint: Checkpoint, exported: Checkpoint, job: _Job, run: Run, model: str) -> Manifest:
+    infos = exported.tensors()
+    weights = sum(info.numel for info in infos.values())
+    planned = [infos[row.name] for row in job.plan.quantized if not str(row.format).startswith("float")]
+    linear_weights = sum(info.numel for info in planned)
+    head, dirty = commit()
+    return Manifest(
+        source=Path(checkpoint.source).name if Path(checkpoint.source).exists() else checkpoint.source,
+        source_fingerprint=run.inputs["source"],
+        source_bytes=checkpoint.total_bytes,
+        recipe=job.plan.recipe,
+        exporter=job.plan.exporter,
+        model=model,
+        plan_hash=job.plan.hash,
+        gates=job.gates,
+        weights=weights,
+        weight_bytes=exported.total_bytes,
+        bits_per_weight=8 * exported.total_bytes / weights,
+        linear_weights=linear_weights,
+        linear_bits_per_weight=8 * sum(info.nbytes for info in planned) / linear_weights if planned else 0.0,
+        command=run.command,
+        versions=versions(),
+        commit=head,
+        dirty=dirty,
+        files={},
+    )
+
+
+def _estimate(checkpoint: Checkpoint, job: _Job) -> Estimate:
+    artifact_bytes = _artifact_bytes(checkpoint, job.plan)
+    infos = checkpoint.tensors()
+    largest = max(infos[row.name].nbytes + 2 * infos[row.name].numel for row in job.plan.rows)
+    return Estimate(
+        out=job.out,
+        plan=job.plan,
+        source_bytes=checkpoint.total_bytes,
+        artifact_bytes=artifact_bytes,
+        seconds=_estimate_seconds(job.plan) + checkpoint.total_bytes / COPY_RATE,
+        memory=peak_memory() + largest + SHARD,
+        disk=2 * artifact_bytes,
+        free_disk=_free_disk(job.out),
+    )
+
+
+def _estimate_seconds(plan: Plan) -> float:
+    """Times every distinct (solver, format) on one slab of random weights."""
+    weights: dict[tuple[str, str], int] = {}
+    for row in plan.quantized:
+        key = (str(row.solver), str(row.format))
+        weights[key] = weights.get(key, 0) + row.rows * row.columns
+    total = 0.0
+    sample = torch.randn(SLAB // 1024, 1024, generator=torch.Generator().manual_seed(0))
+    for (solver, format), count in weights.items():
+        build("solver", solver).solve(sample[:8], build("format", format))
+        start = time.perf_counter()
+        build("solver", solver).solve(sample, build("format", format))
+        total += (time.perf_counter() - start) * count / sample.numel()
+    return total

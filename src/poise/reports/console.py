@@ -1,0 +1,94 @@
+"""Tables for a terminal."""
+
+from rich.console import Console
+from rich.table import Table
+
+from poise.core.artifact import Artifact
+from poise.core.checkpoint import Checkpoint
+from poise.core.comparison import Comparison, Side
+from poise.core.plan import Plan
+from poise.reports.report import figure_rows, human
+
+VERDICTS = {"reached": "[green]reached[/]", "missed": "[red]missed[/]", "not measured": "[dim]not measured[/]"}
+
+
+def print_plan(console: Console, plan: Plan) -> None:
+    """Matrices by role and format; every kept one is accounted for with its reason."""
+    table = Table("role", "format", "solver", "matrices", "weights", "why", title=f"{plan.recipe} for {plan.exporter}")
+    groups: dict[tuple[str, str, str, str], list[int]] = {}
+    for row in plan.rows:
+        activations = f" + {row.activations}-bit inputs" if row.activations else ""
+        wish = f"{row.format}{activations}" if row.format else "[yellow]kept[/]"
+        groups.setdefault((row.role, wish, row.solver or "", row.reason), []).append(row.rows * row.columns)
+    for (role, format, solver, reason), sizes in groups.items():
+        table.add_row(role, format, solver, str(len(sizes)), f"{sum(sizes):,}", reason)
+    console.print(table)
+
+
+def print_artifact(console: Console, artifact: Artifact) -> None:
+    manifest = artifact.manifest
+    console.print(
+        f"[bold]{artifact.path}[/]: {manifest.weight_bytes / 1e6:.1f} MB, {manifest.bits_per_weight:.3f} bits per "
+        f"weight (source {manifest.source_bytes / 1e6:.1f} MB); quantized matrices {manifest.linear_bits_per_weight:.3f}; "
+        f"every tensor read back bit for bit"
+    )
+
+
+def print_checkpoint(console: Console, checkpoint: Checkpoint) -> None:
+    """One row a role and storage type, and the tensors that are not matrices in one row."""
+    linears = {linear.name: linear for linear in checkpoint.linears()}
+    table = Table("role", "stored as", "tensors", "weights", "bytes", "bits/weight", title=checkpoint.source)
+    groups: dict[tuple[str, str], list[tuple[int, int]]] = {}
+    for name, info in checkpoint.tensors().items():
+        role = "+".join(linears[name].roles) if name in linears else "norms, biases, tables"
+        groups.setdefault((role, info.stored), []).append((info.numel, info.nbytes))
+    for (role, stored), sizes in groups.items():
+        weights, nbytes = sum(n for n, _ in sizes), sum(b for _, b in sizes)
+        bits = f"{8 * nbytes / max(1, weights):.3f}"
+        table.add_row(role, stored, str(len(sizes)), f"{weights:,}", f"{nbytes:,}", bits)
+    console.print(table)
+
+
+def print_tensors(console: Console, checkpoint: Checkpoint) -> None:
+    """Every tensor on a line of its own."""
+    linears = {linear.name: linear for linear in checkpoint.linears()}
+    table = Table("tensor", "shape", "role", "stored as", "bytes", title=checkpoint.source)
+    for name, info in checkpoint.tensors().items():
+        role = "+".join(linears[name].roles) if name in linears else ""
+        table.add_row(name, "x".join(map(str, info.shape)), role, info.stored, f"{info.nbytes:,}")
+    console.print(table)
+
+
+def print_comparison(console: Console, comparison: Comparison) -> None:
+    """Every figure beside its gate."""
+    table = Table("gate", "measured", "asked", "", title=f"{comparison.candidate.label} on {comparison.text}")
+    for gate in comparison.gates:
+        name = gate.name.replace("_", " ") + (" [bold](decides)[/]" if gate.quality else "")
+        table.add_row(name, human(gate.value, ""), gate.limit, VERDICTS[gate.verdict])
+    console.print(table)
+    fidelity = Table("fidelity to the original", "value", "95 % interval")
+    for score in comparison.scores:
+        interval = f"{score.low:.4g} to {score.high:.4g}"
+        fidelity.add_row(score.name.replace("_", " "), human(score.value, score.unit), interval)
+    console.print(fidelity)
+    figures = Table("figure", _column(comparison.reference), _column(comparison.candidate))
+    for row in figure_rows(comparison):
+        figures.add_row(*row)
+    console.print(figures)
+
+
+def print_sides(console: Console, sides: list[Side]) -> None:
+    """Measurements side by side, with ratios to the first model."""
+    table = Table("figure", *(_column(side) for side in sides))
+    for score in sides[0].scores:
+        cells = []
+        for side in sides:
+            value = side.value(score.name)
+            ratio = f"  ({value / score.value:.2f}x)" if side is not sides[0] else ""
+            cells.append(human(value, score.unit) + ratio)
+        table.add_row(score.name.replace("_", " "), *cells)
+    console.print(table)
+
+
+def _column(side: Side) -> str:
+    return f"{side.label}\n{side.engine}"

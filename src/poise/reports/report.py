@@ -1,0 +1,74 @@
+"""A comparison as files: report.json for programs, report.md with a picture for people."""
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from poise.core.artifact import write_atomically
+from poise.core.comparison import Comparison, Side
+from poise.reports.card import TEMPLATES
+from poise.reports.picture import Point, quality_against_size
+
+SCHEMA_VERSION = 1
+
+
+def write_report(comparison: Comparison, folder: Path) -> None:
+    """Writes ``report.json``, ``report.md`` and ``quality.svg`` into a folder, each in one step."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "report.json", to_json(comparison))
+    write_atomically(folder / "quality.svg", _picture(comparison))
+    template = TEMPLATES.get_template("report.md.jinja")
+    text = template.render(comparison=comparison, rows=figure_rows(comparison), human=human)
+    write_atomically(folder / "report.md", text)
+
+
+def to_json(comparison: Comparison) -> str:
+    """The whole comparison; figures that were not measured are null."""
+    data = {"schema_version": SCHEMA_VERSION, "passed": comparison.passed, **asdict(comparison)}
+    for gate, record in zip(comparison.gates, data["gates"], strict=True):
+        record["verdict"] = gate.verdict
+    return json.dumps(_no_nan(data), indent=1) + "\n"
+
+
+def sides_json(sides: list[Side]) -> str:
+    """Measurements of several models side by side."""
+    return json.dumps(_no_nan({"schema_version": SCHEMA_VERSION, "models": [asdict(side) for side in sides]}), indent=1)
+
+
+def figure_rows(comparison: Comparison) -> list[tuple[str, str, str]]:
+    """(figure, original, quantized) for tables."""
+    names = dict.fromkeys(score.name for score in (*comparison.reference.scores, *comparison.candidate.scores))
+    found = [(name, _find(comparison.reference, name), _find(comparison.candidate, name)) for name in names]
+    return [(name.replace("_", " "), before, after) for name, before, after in found]
+
+
+def human(value: float, unit: str) -> str:
+    """A figure with its unit as people write it."""
+    if math.isnan(value):
+        return "not measured"
+    if unit == "bytes":
+        return f"{value / 1e6:.1f} MB"
+    if unit == "seconds":
+        return f"{value * 1e3:.2f} ms"
+    return f"{value:.4g} {unit}".strip()
+
+
+def _find(side: Side, name: str) -> str:
+    score = next((score for score in side.scores if score.name == name), None)
+    return human(score.value, score.unit) if score else "not measured"
+
+
+def _no_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _no_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_no_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _picture(comparison: Comparison) -> str:
+    sides = (comparison.reference, comparison.candidate)
+    points = [Point(label=s.label, megabytes=s.value("size") / 1e6, quality=s.value("perplexity")) for s in sides]
+    return quality_against_size(points, "perplexity (lower is better)", comparison.text)

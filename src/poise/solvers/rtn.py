@@ -1,0 +1,17 @@
+"""Round to nearest on the full range of each group: the baseline, and the fastest."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from poise.core.format import Format, Params
+from poise.core.solver import Solver
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rtn(Solver):
+    """The range of each group is covered, every weight goes to the nearest level. Needs no data."""
+
+    def solve_slab(self, weight: Tensor, format: Format, importance: Tensor | None) -> tuple[Tensor, Params]:
+        params = format.fit(weight)
+        return format.round(weight, params), params
