@@ -19,23 +19,32 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     Raises:
         CheckpointError: nothing is there, or it is not a model that Poise reads.
     """
-    from poise.checkpoints.gguf import GgufCheckpoint
-    from poise.checkpoints.huggingface import HuggingFaceCheckpoint
-
     text = os.fspath(source)
     path = Path(text).expanduser()
     if path.is_file() and path.suffix == ".gguf":
-        return GgufCheckpoint(path, text)
+        return _open_gguf(path, text)
     if path.is_file():
         raise CheckpointError(f"{path}: not a model Poise reads; give a folder, a .gguf file or a hub id")
     if path.is_dir() and not (path / "config.json").exists() and len(files := list(path.glob("*.gguf"))) == 1:
-        return GgufCheckpoint(files[0], text)
+        return _open_gguf(files[0], text)
     if path.is_dir():
-        return HuggingFaceCheckpoint(path, text)
+        return _open_folder(path, text)
     match = HUB_ID.fullmatch(text)
     if match is None or path.is_absolute() or text.startswith("."):
         raise CheckpointError(f"{text}: no such folder or file")
-    return HuggingFaceCheckpoint(_download(match["repo"], match["revision"]), text)
+    return _open_folder(_download(match["repo"], match["revision"]), text)
+
+
+def _open_gguf(path: Path, source: str) -> Checkpoint:
+    from poise.checkpoints.gguf import GgufCheckpoint
+
+    return GgufCheckpoint(path, source)
+
+
+def _open_folder(path: Path, source: str) -> Checkpoint:
+    from poise.checkpoints.huggingface import HuggingFaceCheckpoint
+
+    return HuggingFaceCheckpoint(path, source)
 
 
 def _download(repo: str, revision: str | None) -> Path:

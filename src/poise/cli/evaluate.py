@@ -14,7 +14,7 @@ def run(
     candidate: Annotated[str, typer.Argument(help="artifact, folder, .gguf file or hub id")],
     reference: Annotated[str, typer.Option(help="the original to compare with")],
     text: Annotated[Path | None, typer.Option(help="UTF-8 text to read; default: a short sample")] = None,
-    window: Annotated[int, typer.Option(min=8, help="tokens of a window")] = 512,
+    window: Annotated[int, typer.Option(min=8, help="tokens of a window")] = 256,
     windows: Annotated[int | None, typer.Option(min=1, help="read at most so many windows")] = None,
     engine: Annotated[str | None, typer.Option(help="engine of the candidate, e.g. llamacpp(threads=2)")] = None,
     reference_engine: Annotated[str | None, typer.Option(help="engine of the original")] = None,

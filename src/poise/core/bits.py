@@ -21,23 +21,24 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
         even = pad(codes, (0, columns % 2))
         packed = even[:, ::2] | (even[:, 1::2] << 4)
     else:
-        eights = pad(codes, (0, -columns % 8)).view(rows, -1, 8).long()
+        eights = pad(codes, (0, -columns % 8)).view(rows, -(-columns // 8), 8).long()
         joined = (eights << torch.arange(0, 8 * bits, bits)).sum(-1, keepdim=True)
         packed = joined.view(torch.uint8)[..., :bits].reshape(rows, eights.shape[1] * bits)
     length = 4 * words(columns, bits)
     packed = pad(packed, (0, max(0, length - packed.shape[1])))[:, :length]
-    return packed.contiguous().view(torch.int32)
+    return packed.reshape(-1).view(torch.int32).view(rows, words(columns, bits))  # flat: strides of 1-wide axes lie
 
 
 def unpack_bits(packed: Tensor, bits: int, columns: int) -> Tensor:
     """Inverse of ``pack_bits``: uint8 codes [rows, columns]."""
-    stream = packed.contiguous().view(torch.uint8)
-    rows = stream.shape[0]
+    rows = packed.shape[0]
+    stream = packed.reshape(-1).view(torch.uint8).view(rows, 4 * packed.shape[1])
     if bits == 8:
         return stream[:, :columns].clone()
     if bits == 4:
-        return torch.stack((stream & 15, stream >> 4), dim=-1).view(rows, -1)[:, :columns].contiguous()
-    chunks = pad(stream, (0, -stream.shape[1] % bits)).view(rows, -1, bits)
+        return torch.stack((stream & 15, stream >> 4), dim=-1).view(rows, 2 * stream.shape[1])[:, :columns].contiguous()
+    padded = pad(stream, (0, -stream.shape[1] % bits))
+    chunks = padded.view(rows, padded.shape[1] // bits, bits)
     joined = pad(chunks, (0, 8 - bits)).contiguous().view(torch.int64)
     codes = (joined >> torch.arange(0, 8 * bits, bits)) & (2**bits - 1)
-    return codes.to(torch.uint8).view(rows, -1)[:, :columns].contiguous()
+    return codes.to(torch.uint8).view(rows, 8 * chunks.shape[1])[:, :columns].contiguous()

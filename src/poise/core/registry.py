@@ -108,7 +108,7 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
         return name, {}
     try:
         call = ast.parse("_" + spec.strip()[len(name) :], mode="eval").body
-        if not isinstance(call, ast.Call) or call.args:
+        if not isinstance(call, ast.Call) or call.args or any(kw.arg is None for kw in call.keywords):
             raise ValueError("arguments must be named")
         arguments = {str(kw.arg): ast.literal_eval(kw.value) for kw in call.keywords}
     except (SyntaxError, ValueError) as error:

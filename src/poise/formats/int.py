@@ -85,9 +85,8 @@ class Int(Format):
 
     def fit(self, weight: Tensor, shrink: float = 1.0) -> Params:
         grouped = self._grouped(weight)
-        if weight.numel() == 0:
-            low = high = weight.new_zeros(weight.shape[0], 0)
-        elif self.group == "tensor":
+        if self.group == "tensor":
+            grouped = grouped if weight.numel() else weight.new_zeros(1)
             low, high = grouped.amin().view(1, 1), grouped.amax().view(1, 1)
         else:
             low, high = grouped.amin(-1), grouped.amax(-1)
@@ -152,9 +151,9 @@ class Int(Format):
         return weight.add_(self._spread(params["minimum"].float(), columns)) if "minimum" in params else weight
 
     def sum_per_scale(self, values: Tensor) -> Tensor:
-        group = self.group_of(values.shape[1])
-        padded = pad(values, (0, -values.shape[1] % max(1, group)))
-        sums = padded.view(values.shape[0], -1, max(1, group)).sum(-1)
+        group = max(1, self.group_of(values.shape[1]))
+        padded = pad(values, (0, -values.shape[1] % group))
+        sums = padded.view(values.shape[0], padded.shape[1] // group, group).sum(-1)
         return sums.sum().view(1, 1) if self.group == "tensor" else sums
 
     def bits_per_weight(self, rows: int, columns: int) -> float:
@@ -192,14 +191,14 @@ class Int(Format):
         missing = -weight.shape[1] % group
         if missing:
             weight = torch.cat((weight, weight[:, -1:].expand(-1, missing)), dim=1)
-        return weight.view(weight.shape[0], -1, group)
+        return weight.view(weight.shape[0], weight.shape[1] // group, group)
 
     def _spread(self, per_scale: Tensor, columns: int) -> Tensor:
         """Parameters [rows, groups] repeated over the columns of their group, without copying if possible."""
         if per_scale.shape[1] == 1:
             return per_scale
         group = self.group_of(columns)
-        wide = per_scale.unsqueeze(-1).expand(-1, -1, group).reshape(per_scale.shape[0], -1)
+        wide = per_scale.unsqueeze(-1).expand(-1, -1, group).reshape(per_scale.shape[0], group * per_scale.shape[1])
         return wide[:, :columns]
 
     def _scale_name(self) -> str:

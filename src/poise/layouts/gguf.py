@@ -147,7 +147,9 @@ def slots(config: Mapping[str, Any], shapes: Shapes) -> list[Slot]:
     for name in shapes:
         if not name.endswith(BUFFERS):
             target, expert = names.place(name)
-            found.setdefault(target, {})[expert] = name
+            other = found.setdefault(target, {}).setdefault(expert, name)
+            if other != name:
+                raise ExportError(f"{name} and {other} would both become {target}")
     return [_slot(arch, config, shapes, name, found[name]) for name in sorted(found, key=_natural)]
 
 

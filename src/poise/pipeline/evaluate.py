@@ -42,7 +42,7 @@ def evaluate(
     reference: str | Path,
     *,
     text: str | Path | None = None,
-    window: int = 512,
+    window: int = 256,
     windows: int | None = None,
     engine: str | None = None,
     reference_engine: str | None = None,
@@ -144,7 +144,7 @@ def _command(
 ) -> str:
     parts = ["poise evaluate", _label(candidate), "--reference", _label(reference)]
     parts += ["--text", Path(text).name] if text else []
-    parts += ["--window", str(window)] if window != 512 else []
+    parts += ["--window", str(window)] if window != 256 else []
     return " ".join(parts + (["--windows", str(windows)] if windows else []))
 
 

@@ -22,7 +22,7 @@ from poise.core.plan import Plan, PlanRow, Recipe
 from poise.core.registry import build, get, name_of, names
 from poise.core.run import Run, commit, peak_memory, versions
 from poise.core.solver import SLAB
-from poise.core.workspace import Workspace, explain_full_disk
+from poise.pipeline.workspace import Workspace, explain_full_disk
 from poise.planning.planner import check_plan, make_plan
 from poise.planning.recipe import load_recipe
 from poise.reports.card import model_card

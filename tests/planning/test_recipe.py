@@ -1,0 +1,44 @@
+"""Recipes: the shipped ones are valid, and mistakes are named with their place."""
+
+import pytest
+
+from poise.core.errors import UsageError
+from poise.planning.recipe import load_recipe, shipped_recipes
+
+
+def test_shipped_recipes_load():
+    assert {"mobile", "edge", "cloud", "layer-types"} <= set(shipped_recipes())
+    for name in shipped_recipes():
+        recipe = load_recipe(name)
+        assert recipe.name == name
+        assert recipe.rules
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("description: x\nrules: []\ncolour: red", "colour.*unknown key"),
+        ("description: x\nrules: [{role: head, optoins: [int(bits=4)]}]", "rules.0.optoins.*did you mean 'options'"),
+        ("description: x\nrules: [{options: [{format: int(), activation: 8}]}]", "did you mean 'activations'"),
+        ("description: x\nrules: [{options: [int(bits=12)]}]", "rule 1: .*1 to 8 bits"),
+        ("description: x\nrules: [{options: [nf5]}]", "no format named 'nf5'"),
+        ("description: x\nrules: [{options: [int()], solver: magic}]", "no solver named 'magic'"),
+        ("description: x\nrules: [{role: head}]", "either options or keep"),
+        ("description: x\nrules: [{keep: true, options: [int()]}]", "either options or keep"),
+        ("rules: []", "description"),
+        ("[1, 2]", "valid dictionary"),
+        ("a: b: c", "not YAML"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, text, message):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=f"(?s)mine.*{message}"):
+        load_recipe(path)
+
+
+def test_an_unknown_recipe_offers_the_nearest():
+    with pytest.raises(UsageError, match="did you mean 'mobile'"):
+        load_recipe("moblie")
+    with pytest.raises(UsageError, match=r"gone\.yaml: cannot be read"):
+        load_recipe("gone.yaml")
