@@ -141,12 +141,12 @@ def test_weights_that_are_not_finite_are_refused_by_name(bad, solver):
     weight = torch.ones(4, 32)
     weight[2, 5] = bad
     with pytest.raises(FormatError, match=r"model\.layers\.3\.up.*NaN or infinite"):
-        build("solver", solver).solve(weight, Int(), name="model.layers.3.up")
+        build("solver", solver).solve(weight, Int(bits=4, group=32), name="model.layers.3.up")
 
 
 def test_a_scale_that_overflows_says_what_to_use():
     with pytest.raises(FormatError, match=r"w: .*float16.*use scale='bfloat16'"):
-        build("solver", "rtn").solve(torch.full((2, 32), 3.0e38), Int(bits=2, scale="float16"), name="w")
+        build("solver", "rtn").solve(torch.full((2, 32), 3.0e38), Int(bits=2, group=32, scale="float16"), name="w")
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_a_scale_that_overflows_says_what_to_use():
 )
 def test_nonsense_is_refused_when_built(arguments):
     with pytest.raises(UsageError):
-        Int(**arguments)
+        Int(**{"bits": 4, "group": 32, **arguments})
 
 
 @settings(max_examples=60, deadline=None)

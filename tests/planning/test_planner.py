@@ -18,7 +18,7 @@ LINEARS = [
     linear("up", "ffn.up"),
     linear("router", "router"),
 ]
-INT4, INT8 = Option(format="int(bits=4)"), Option(format="int(bits=8)")
+INT4, INT8 = Option(format="int(bits=4, group=32)"), Option(format="int(bits=8, group=32)")
 
 
 def recipe(*rules):
@@ -36,22 +36,22 @@ def plan(*rules, accepts=lambda *_: None):
 def test_the_first_matching_rule_decides():
     made = plan(Rule(role="attention.*", options=(INT8,)), Rule(options=(INT4,)))
     assert [row.format for row in made.rows] == [
-        "int(scale='float16')",
-        "int(bits=8, scale='float16')",
-        "int(scale='float16')",
-        "int(scale='float16')",
+        "int(bits=4, group=32, scale='float16')",
+        "int(bits=8, group=32, scale='float16')",
+        "int(bits=4, group=32, scale='float16')",
+        "int(bits=4, group=32, scale='float16')",
     ]
 
 
 def test_a_tied_embedding_is_also_the_head():
     made = plan(Rule(role="head", options=(INT8,)), Rule(options=(INT4,)))
-    assert made.row("embed").format == "int(bits=8, scale='float16')"
+    assert made.row("embed").format == "int(bits=8, group=32, scale='float16')"
 
 
 def test_options_are_tried_in_order_and_refusals_are_told():
     made = plan(Rule(options=(INT4, INT8)), accepts=refuse_four_bits)
-    assert {row.format for row in made.rows} == {"int(bits=8, scale='float16')"}
-    assert all("not int(bits=4): no 4 bits here" in row.reason for row in made.rows)
+    assert {row.format for row in made.rows} == {"int(bits=8, group=32, scale='float16')"}
+    assert all("not int(bits=4, group=32): no 4 bits here" in row.reason for row in made.rows)
 
 
 def test_what_no_option_fits_is_kept_with_the_reason():
@@ -84,7 +84,7 @@ def test_a_rule_behind_one_that_takes_all_is_an_error():
 
 
 def test_plans_survive_json_and_hash_their_contents():
-    made = plan(Rule(role="router", options=()), Rule(options=(Option(format="int()", activations=8),)))
+    made = plan(Rule(role="router", options=()), Rule(options=(Option(format="int(bits=4, group=32)", activations=8),)))
     again = Plan.from_json(made.to_json())
     assert again == made
     assert again.hash == made.hash != plan(Rule(options=(INT8,))).hash

@@ -95,6 +95,6 @@ def test_statistics_of_another_layer_are_refused():
     from poise.core.errors import FormatError
 
     with pytest.raises(FormatError, match="256 columns, but statistics of 8 inputs"):
-        build("solver", "search").solve(weights(), build("format", "int()"), stats(torch.ones(8)))
+        build("solver", "search").solve(weights(), build("format", "int(bits=4, group=32)"), stats(torch.ones(8)))
     with pytest.raises(ValueError, match="finite and not negative"):
         stats(torch.tensor([1.0, -1.0]))

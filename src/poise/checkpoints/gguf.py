@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import gguf
 import numpy as np
 import torch
 from torch import Tensor
@@ -19,9 +20,9 @@ from poise.core.checkpoint import Checkpoint, TensorInfo
 from poise.core.errors import CheckpointError, ExportError
 from poise.core.linear import Linear
 from poise.layouts.gguf import EXTRAS, Slot, expert_names, slots
-from poise.layouts.gguf_header import Entry, Value, load_gguf, read_header
+from poise.layouts.gguf_header import Entry, Value, read_header
 from poise.layouts.gguf_metadata import complete, read_config
-from poise.layouts.gguf_tokenizer import as_llama_cpp_runs_it
+from poise.layouts.gguf_tokenizer_read import read_tokenizer
 
 SAMPLE = 1 << 16
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -61,7 +62,9 @@ class GgufCheckpoint(Checkpoint):
     @property
     def gguf_constants(self) -> dict[str, Tensor]:
         """Tensors of the file that are no weights of the Hugging Face model."""
-        return {name: self._decode(self._header.tensors[name]) for name in EXTRAS if name in self._header.tensors}
+        return {
+            name: self._decode(self._header.tensors[name]) for name in EXTRAS if name in self._header.tensors
+        }
 
     def tensors(self) -> dict[str, TensorInfo]:
         infos = {}
@@ -95,18 +98,19 @@ class GgufCheckpoint(Checkpoint):
         return digest.hexdigest()
 
     def tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
-
         try:
-            made = AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name)
-        except Exception as error:  # transformers raises whatever its converters do
-            raise CheckpointError(f"{self.path}: no usable tokenizer ({str(error).splitlines()[0]})") from error
-        return as_llama_cpp_runs_it(made, self._header.get)
+            return read_tokenizer(lambda key: self._header.get(f"tokenizer.{key}"))
+        except Exception as error:  # the tokenizers library raises whatever a bad vocabulary leads to
+            raise CheckpointError(
+                f"{self.path}: no usable tokenizer: {str(error).splitlines()[0]}"
+            ) from error
 
     def sidecars(self) -> dict[str, bytes]:
         with tempfile.TemporaryDirectory() as folder:
             self.tokenizer().save_pretrained(folder)
-            files = {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir()) if file.is_file()}
+            files = {
+                file.name: file.read_bytes() for file in sorted(Path(folder).iterdir()) if file.is_file()
+            }
         ends = [self._header.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
         known = [end for end in dict.fromkeys(ends) if end is not None]
         generation = {
@@ -164,7 +168,9 @@ class GgufCheckpoint(Checkpoint):
 
     def _refuse_unreadable(self) -> None:
         if self._header.get("split.count", 1) > 1:
-            raise CheckpointError("one part of a split model; join the parts with llama-gguf-split --merge first")
+            raise CheckpointError(
+                "one part of a split model; join the parts with llama-gguf-split --merge first"
+            )
         if not self._header.tensors:
             raise CheckpointError("holds no tensors")
         for kind in sorted({entry.type for entry in self._header.tensors.values()}):
@@ -181,7 +187,6 @@ class GgufCheckpoint(Checkpoint):
 
     def _decode(self, entry: Entry) -> Tensor:
         """A tensor of the file, in memory of its own."""
-        gguf = load_gguf()
         raw = self._bytes(entry)
         if entry.type in DTYPES:
             return raw.view(DTYPES[entry.type]).view(entry.shape)
@@ -204,7 +209,6 @@ class GgufCheckpoint(Checkpoint):
 
 
 def _decodable(kind: str) -> bool:
-    gguf = load_gguf()
     number = gguf.GGMLQuantizationType[kind]
     try:
         gguf.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[number][1]), dtype=np.uint8), number)

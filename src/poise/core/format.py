@@ -21,15 +21,12 @@ class Format(ABC):
     floating dtype that the format chooses; parameters broadcast over rows and scale groups.
 
     Attributes:
+        bits: of one code, without scales and other metadata.
         width: columns that are rounded together: 1 for scalar grids, 4 or 8 for lattices.
     """
 
+    bits: float
     width: ClassVar[int] = 1
-
-    @property
-    @abstractmethod
-    def bits(self) -> float:
-        """Bits of one code, without scales and other metadata."""
 
     @abstractmethod
     def group_of(self, columns: int) -> int:

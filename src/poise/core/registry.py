@@ -137,4 +137,4 @@ def spec_of(thing: Any) -> str:
         for field in (dataclasses.fields(thing) if dataclasses.is_dataclass(thing) else ())
         if getattr(thing, field.name) != field.default
     ]
-    return f"{name_of(thing)}({', '.join(given)})"
+    return f"{name_of(thing)}({', '.join(given)})" if given else name_of(thing)

@@ -28,7 +28,6 @@ import ctypes
 import functools
 import os
 import time
-from collections.abc import Iterator
 from ctypes import POINTER, c_bool, c_char_p, c_float, c_int8, c_int32, c_uint32, c_uint64, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +41,9 @@ from poise.core.engine import Engine, Generation
 from poise.core.errors import EngineError, MissingExtra, UsageError
 
 KNOWN_GOOD = "2026.10.11549"
-"""Releases of xllamacpp whose layout was checked against a model computed elsewhere (the tests)."""
+"""Releases of xllamacpp that the tests compared with a model computed elsewhere."""
+
+_ADVICE = f"known to work: pip install 'xllamacpp=={KNOWN_GOOD}'"
 
 BATCH = 256
 """Tokens of one pass. The library holds their scores, BATCH * vocabulary * 4 bytes, twice."""
@@ -90,14 +91,15 @@ class _Batch(ctypes.Structure):
     )
 
 
-DEFAULTS: tuple[tuple[str, type[ctypes.Structure], dict[str, int | None]], ...] = (
-    ("llama_context_default_params", _ContextParams, {"n_ctx": 512, "n_batch": 2048, "n_ubatch": 512, "n_seq_max": 1}),
-    (
-        "llama_model_default_params",
-        _ModelParams,
-        {"devices": None, "tensor_buft_overrides": None, "n_gpu_layers": -1, "split_mode": 1},
-    ),
-)
+DEFAULTS: dict[str, dict[str, int | None]] = {
+    "llama_context_default_params": {"n_ctx": 512, "n_batch": 2048, "n_ubatch": 512, "n_seq_max": 1},
+    "llama_model_default_params": {
+        "devices": None,
+        "tensor_buft_overrides": None,
+        "n_gpu_layers": -1,
+        "split_mode": 1,
+    },
+}
 """What the library answers, field by field, as long as its layout is the one declared above."""
 
 SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
@@ -110,6 +112,7 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "llama_model_free": (None, [c_void_p]),
     "llama_model_get_vocab": (c_void_p, [c_void_p]),
     "llama_vocab_n_tokens": (c_int32, [c_void_p]),
+    "llama_vocab_type": (c_int32, [c_void_p]),
     "llama_tokenize": (c_int32, [c_void_p, c_char_p, c_int32, POINTER(c_int32), c_int32, c_bool, c_bool]),
     "llama_init_from_model": (c_void_p, [c_void_p, _ContextParams]),
     "llama_free": (None, [c_void_p]),
@@ -158,7 +161,7 @@ class LlamaCpp(Engine):
         params.n_gpu_layers = 0
         self._model = self._lib.llama_model_load_from_file(os.fsencode(path), params)
         if not self._model:
-            raise EngineError(f"{path}: llama.cpp cannot load it{_quoted_errors()}")
+            raise EngineError(f"{path}: llama.cpp cannot load it{_complaints()}")
         self._vocabulary = self._lib.llama_vocab_n_tokens(self._lib.llama_model_get_vocab(self._model))
         try:
             self._make_room(self.context)
@@ -167,47 +170,157 @@ class LlamaCpp(Engine):
             raise
 
     def logits(self, tokens: list[int]) -> Tensor:
-        self._begin(len(tokens))
+        self._begin(tokens, len(tokens))
         scores = torch.empty(len(tokens), self._vocabulary)
-        done = 0
-        for count in self._decode(tokens, all_scores=True):
-            ctypes.memmove(scores[done:].data_ptr(), self._scores(), 4 * count * self._vocabulary)
-            done += count
+        for start in range(0, len(tokens), BATCH):
+            rows = scores[start : start + BATCH]
+            ctypes.memmove(rows.data_ptr(), self._decode(tokens[start : start + BATCH], every=True), 4 * rows.numel())
         return scores
 
     def generate(self, tokens: list[int], n: int) -> Generation:
-        start = time.perf_counter()
+        begin = time.perf_counter()
+        self._begin(tokens, len(tokens) + n)
         if not tokens:
-            raise EngineError("there is nothing to continue: the prompt has no tokens")
-        self._begin(len(tokens) + n)
+            raise EngineError("llama.cpp has nothing to continue: the prompt is empty")
+        for start in range(0, len(tokens) - BATCH, BATCH):
+            self._decode(tokens[start : start + BATCH])
+        step = tokens[(len(tokens) - 1) // BATCH * BATCH :]
         made: list[int] = []
         seconds: list[float] = []
         for _ in range(n):
-            step = made[-1:] or tokens
-            list(self._decode(step, len(tokens) + len(made) - 1 if made else 0))
-            made.append(int(torch.frombuffer((c_float * self._vocabulary).from_address(self._scores()), dtype=torch.float32).argmax()))
-            seconds.append(time.perf_counter() - start)
+            scores = (c_float * self._vocabulary).from_address(self._decode(step))
+            made.append(int(torch.frombuffer(scores, dtype=torch.float32).argmax()))
+            seconds.append(time.perf_counter() - begin)
+            step = made[-1:]
         return Generation(tokens=made, seconds=seconds)
 
     def tokenize(self, text: str, special: bool = False) -> list[int]:
         """Token ids by llama.cpp's own tokenizer; no beginning or end is added.
 
         Args:
-            special: whether the text of control tokens stands for them.
+            special: whether the text of a control token stands for that token.
         """
-        self._loaded()
+        vocabulary = self._loaded().llama_model_get_vocab(self._model)
+        if self._lib.llama_vocab_type(vocabulary) == 0:
+            raise EngineError("the model has no tokenizer")
         raw = text.encode()
-        out = (c_int32 * (len(raw) + 16))()
-        vocab = self._lib.llama_model_get_vocab(self._model)
-        count = self._lib.llama_tokenize(vocab, raw, len(raw), out, len(out), False, special)
+        ids = (c_int32 * (len(raw) + 16))()
+        count = self._lib.llama_tokenize(vocabulary, raw, len(raw), ids, len(ids), False, special)
         if count < 0:
-            raise EngineError(f"llama.cpp cannot tokenize {len(raw)} bytes of text{_quoted_errors()}")
-        return list(out[:count])
+            raise EngineError(f"llama.cpp cannot tokenize the text{_complaints()}")
+        return list(ids[:count])
 
     def close(self) -> None:
         if self._runner:
             self._lib.llama_free(self._runner)
         if self._model:
             self._lib.llama_model_free(self._model)
-        self._runner = self._model = None
+        self._model = self._runner = None
         self._room = 0
+
+    def _loaded(self) -> Any:
+        if not self._model:
+            raise EngineError("no model is loaded")
+        return self._lib
+
+    def _begin(self, tokens: list[int], room: int) -> None:
+        """Forgets what was read before, and makes room for this text."""
+        lib = self._loaded()
+        if tokens and not 0 <= min(tokens) <= max(tokens) < self._vocabulary:
+            raise EngineError(f"tokens {min(tokens)} to {max(tokens)} do not fit a vocabulary of {self._vocabulary}")
+        if room > self._room:
+            self._make_room(room)
+        lib.llama_memory_clear(lib.llama_get_memory(self._runner), True)
+
+    def _make_room(self, positions: int) -> None:
+        """A new context with at least so many positions. The guard's second half: it must have what was asked."""
+        if self._runner:
+            self._lib.llama_free(self._runner)
+            self._runner = None
+        room = -(-positions // STEP) * STEP
+        params = self._lib.llama_context_default_params()
+        params.n_ctx, params.n_batch, params.n_ubatch = room, BATCH, BATCH
+        _errors.clear()
+        self._runner = self._lib.llama_init_from_model(self._model, params)
+        if not self._runner:
+            raise EngineError(f"llama.cpp has no room for a context of {room} tokens{_complaints()}")
+        threads = self.threads or _cores()
+        self._lib.llama_set_n_threads(self._runner, threads, threads)
+        asked = {"n_ctx": room, "n_batch": BATCH, "n_ubatch": BATCH, "n_threads": threads}
+        _check({name: getattr(self._lib, f"llama_{name}")(self._runner) for name in asked}, asked)
+        self._room = room
+
+    def _decode(self, tokens: list[int], every: bool = False) -> int:
+        """Reads on; the address of the scores after every token, or after the last."""
+        batch = _Batch(n_tokens=len(tokens), token=(c_int32 * len(tokens))(*tokens))
+        if every:
+            batch.logits = (c_int8 * len(tokens))(*[1] * len(tokens))
+        _errors.clear()
+        status = self._lib.llama_decode(self._runner, batch)
+        address = self._lib.llama_get_logits(self._runner) if status == 0 else None
+        if not address:
+            raise EngineError(f"llama.cpp stopped at {len(tokens)} tokens with status {status}{_complaints()}")
+        return int(address)
+
+
+def _cores() -> int:
+    """Physical cores that this process may use."""
+    if not hasattr(os, "sched_getaffinity"):
+        return os.cpu_count() or 1
+    topology = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+    files = [Path(topology.format(cpu)) for cpu in os.sched_getaffinity(0)]
+    return len({file.read_text() if file.is_file() else str(file) for file in files})
+
+
+_errors: list[str] = []
+
+
+@_LogCallback
+def _collect(level: int, text: bytes, _: int | None) -> None:
+    """Keeps error lines and drops the rest."""
+    if level == ERROR:
+        _errors.append(text.decode(errors="replace").strip())
+
+
+def _complaints() -> str:
+    return f": {'; '.join(_errors)}" if _errors else ""
+
+
+@functools.cache
+def _library() -> Any:
+    """The C API, with its first guard passed.
+
+    Raises:
+        MissingExtra: the wheel is not installed.
+        EngineError: it cannot be used, or has another layout.
+    """
+    try:
+        from xllamacpp import xllamacpp as extension
+    except ModuleNotFoundError as error:
+        raise MissingExtra("xllamacpp", "llamacpp") from error
+    except ImportError as error:
+        raise EngineError(f"xllamacpp is installed but does not start: {error}") from error
+    try:
+        lib = ctypes.CDLL(extension.__file__)
+        for name, (result, arguments) in SIGNATURES.items():
+            function = getattr(lib, name)
+            function.restype, function.argtypes = result, arguments
+    except (OSError, AttributeError) as error:
+        raise EngineError(f"this build of xllamacpp does not export llama.cpp's C API ({error}); {_ADVICE}") from error
+    for name, expected in DEFAULTS.items():
+        found = getattr(lib, name)()
+        _check({field: getattr(found, field) for field in expected}, expected)
+    token = (c_int32 * 1)()
+    one = lib.llama_batch_get_one(token, 1)
+    _check(
+        {"n_tokens": one.n_tokens, "token": ctypes.addressof(one.token.contents), "pos": bool(one.pos)},
+        {"n_tokens": 1, "token": ctypes.addressof(token), "pos": False},
+    )
+    lib.llama_log_set(_collect, None)
+    lib.llama_backend_init()
+    return lib
+
+
+def _check(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    if found != expected:
+        raise EngineError(f"this xllamacpp has another C layout than expected: {found} is not {expected}; {_ADVICE}")

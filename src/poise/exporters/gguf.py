@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import gguf
 import numpy as np
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from poise.core.plan import Plan
 from poise.core.registry import build, spec_of
 from poise.layouts.gguf import Slot, architecture, slots
 from poise.layouts.gguf_blocks import FLOATS, Rows, block_of, pack, pack_floats
-from poise.layouts.gguf_header import ARRAY, Value, load_gguf, text, type_size, u32
+from poise.layouts.gguf_header import ARRAY, Value, text, type_size, u32
 from poise.layouts.gguf_metadata import complete, hyper_parameters
 from poise.layouts.gguf_rope import rope_tensors
 from poise.layouts.gguf_tokenizer import fits_name, tokenizer_keys
@@ -159,7 +160,9 @@ def _file_keys(tensors: list[_Tensor]) -> dict[str, Value]:
     return keys
 
 
-def _parts(tensor: _Tensor, slot: Slot, checkpoint: Checkpoint, formats: Formats, codes: Codes) -> Iterator[Rows]:
+def _parts(
+    tensor: _Tensor, slot: Slot, checkpoint: Checkpoint, formats: Formats, codes: Codes
+) -> Iterator[Rows]:
     """Packed rows of each source, in llama.cpp's order of rows."""
     for name in slot.sources:
         if formats.get(name) is None:
@@ -178,7 +181,9 @@ def _parts(tensor: _Tensor, slot: Slot, checkpoint: Checkpoint, formats: Formats
 def _kept(tensor: _Tensor, slot: Slot, value: Tensor) -> Rows:
     cast = slot.to_gguf(value).to(DTYPES[tensor.type])
     if bool(torch.isinf(cast).any()) and not bool(torch.isinf(value).any()):
-        raise ExportError(f"{slot.name} holds values that {tensor.type} cannot: up to {float(value.abs().max()):.3g}")
+        raise ExportError(
+            f"{slot.name} holds values that {tensor.type} cannot: up to {float(value.abs().max()):.3g}"
+        )
     return pack_floats(cast.reshape(slot.rows, -1))
 
 
@@ -198,7 +203,6 @@ def _joined(tensor: _Tensor, parts: Iterable[Rows]) -> Rows:
 @contextmanager
 def _writer(path: Path, arch: str, metadata: dict[str, Value], tensors: list[_Tensor]) -> Iterator[Any]:
     """A ``GGUFWriter`` whose header is written and that waits for the data of these tensors in turn."""
-    gguf = load_gguf()
     writer = gguf.GGUFWriter(path, arch)
     for key, (kind, items, value) in metadata.items():
         if kind != ARRAY or value:  # an empty array has no place in the writer and no meaning to llama.cpp

@@ -27,7 +27,7 @@ class Float(Format):
             raise UsageError(f"dtype is one of {', '.join(DTYPES)}, got {self.dtype!r}")
 
     @property
-    def bits(self) -> float:
+    def bits(self) -> float:  # type: ignore[override]  # follows from dtype
         return 8 * DTYPES[self.dtype].itemsize
 
     def group_of(self, columns: int) -> int:

@@ -41,8 +41,8 @@ class Int(Format):
         scale: dtype of the scales; ``"auto"`` lets the container choose.
     """
 
-    bits: int = 4  # type: ignore[assignment]  # a field implements the abstract property
-    group: int | str = 32
+    bits: int
+    group: int | str
     symmetric: bool = True
     zero: str = "integer"
     scale: str = "auto"

@@ -18,11 +18,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import gguf
 import torch
 from torch import Tensor
 
 from poise.core.errors import ExportError
-from poise.layouts.gguf_header import load_gguf
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -163,7 +163,6 @@ class _Names:
     """Hugging Face name -> GGUF name, by the table of the ``gguf`` package."""
 
     def __init__(self, arch: str, blocks: int) -> None:
-        gguf = load_gguf()
         self.arch = arch
         number = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == arch)
         self.table = gguf.get_tensor_name_map(number, blocks)

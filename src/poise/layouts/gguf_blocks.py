@@ -41,7 +41,11 @@ def block_of(format: Format) -> str | None:
     resolved = format.resolve("float16")
     if kind == "float":
         return FLOATS.get(getattr(resolved, "dtype", ""))
-    if kind != "int" or getattr(resolved, "group", None) != GROUP or getattr(resolved, "scale", "") != "float16":
+    if (
+        kind != "int"
+        or getattr(resolved, "group", None) != GROUP
+        or getattr(resolved, "scale", "") != "float16"
+    ):
         return None
     symmetric = bool(getattr(resolved, "symmetric", False))
     if not symmetric and getattr(resolved, "zero", "") != "minimum":

@@ -17,14 +17,26 @@ from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import gguf
 import numpy as np
 
-from poise.core.errors import CheckpointError, MissingExtra
+from poise.core.errors import CheckpointError
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 BOOL, STRING, ARRAY = 7, 8, 9
-NUMBERS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 10: "<u8", 11: "<i8", 12: "<f8"}
+NUMBERS = {
+    0: "<u1",
+    1: "<i1",
+    2: "<u2",
+    3: "<i2",
+    4: "<u4",
+    5: "<i4",
+    6: "<f4",
+    10: "<u8",
+    11: "<i8",
+    12: "<f8",
+}
 MAX_DIMENSIONS = 4
 ALIGNMENT = 32
 _T = TypeVar("_T")
@@ -73,49 +85,42 @@ class Header:
 
 
 def u32(value: int) -> Value:
+    """A 32-bit unsigned number."""
     return Value(4, None, int(value))
 
 
 def f32(value: float) -> Value:
+    """A 32-bit float."""
     return Value(6, None, float(value))
 
 
 def flag(value: bool) -> Value:
+    """A truth value."""
     return Value(BOOL, None, bool(value))
 
 
 def text(value: str) -> Value:
+    """A string."""
     return Value(STRING, None, value)
 
 
 def strings(values: list[str]) -> Value:
+    """An array of strings."""
     return Value(ARRAY, STRING, values)
 
 
 def ints(values: list[int]) -> Value:
+    """An array of 32-bit integers."""
     return Value(ARRAY, 5, values)
 
 
 def floats(values: list[float]) -> Value:
+    """An array of 32-bit floats."""
     return Value(ARRAY, 6, values)
-
-
-def load_gguf() -> Any:
-    """The ``gguf`` package.
-
-    Raises:
-        MissingExtra: it is not installed.
-    """
-    try:
-        import gguf
-    except ImportError as error:
-        raise MissingExtra("gguf", "gguf") from error
-    return gguf
 
 
 def type_size(name: str) -> tuple[int, int]:
     """Weights in a block of a GGML type, and bytes of a block."""
-    gguf = load_gguf()
     block, nbytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]
     return int(block), int(nbytes)
 
@@ -186,9 +191,7 @@ def _parse(cursor: _Cursor) -> Header:
     return Header(metadata=metadata, tensors=entries, length=min(begin, len(cursor.data)))
 
 
-def _collect(
-    cursor: _Cursor, count: int, what: str, read: Callable[[_Cursor, str], _T]
-) -> dict[str, _T]:
+def _collect(cursor: _Cursor, count: int, what: str, read: Callable[[_Cursor, str], _T]) -> dict[str, _T]:
     found: dict[str, _T] = {}
     for _ in range(count):
         name = cursor.string(f"the name of a {what}")
@@ -218,7 +221,9 @@ def _scalar(cursor: _Cursor, kind: int, name: str) -> Any:
     if kind == BOOL:
         return bool(cursor.number("<B", name))
     dtype = np.dtype(_number_type(kind, name))
-    return np.frombuffer(cursor.take(dtype.itemsize, name), dtype)[0].item()
+    number = np.frombuffer(cursor.take(dtype.itemsize, name), dtype)[0]
+    # 1e-5 instead of 9.999999747378752e-06: the shortest number that is this float32.
+    return float(str(number)) if dtype == np.float32 else number.item()
 
 
 def _number_type(kind: int, name: str) -> str:
@@ -239,7 +244,6 @@ def _tensor(cursor: _Cursor, name: str) -> tuple[tuple[int, ...], int, int]:
 def _place(
     name: str, shape: tuple[int, ...], number: int, offset: int, begin: int, alignment: int, size: int
 ) -> Entry:
-    gguf = load_gguf()
     try:
         kind = gguf.GGMLQuantizationType(number).name
     except ValueError:

@@ -118,7 +118,12 @@ def _attention_keys(arch: str, config: Config) -> dict[str, Value]:
 
 def _refuse_other_functions(arch: str, config: Config) -> None:
     activation = next(
-        (config[key] for key in ("hidden_activation", "hidden_act", "activation_function") if config.get(key)), None
+        (
+            config[key]
+            for key in ("hidden_activation", "hidden_act", "activation_function")
+            if config.get(key)
+        ),
+        None,
     )
     expected = ACTIVATIONS.get(arch, "silu")
     if activation != expected:
@@ -135,7 +140,11 @@ def _refuse_other_functions(arch: str, config: Config) -> None:
 _FIXED: dict[str, dict[str, Any]] = {
     "qwen3moe": {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []},
     "gemma3": {"attn_logit_softcapping": None, "use_bidirectional_attention": False, "attention_bias": False},
-    "gpt2": {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
+    "gpt2": {
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "add_cross_attention": False,
+    },
 }
 
 
@@ -146,7 +155,9 @@ def _refuse_other_gemma3(config: Config) -> None:
             f"llama.cpp scales the attention of this gemma3 by 1/sqrt({scalar}), "
             f"the model by 1/sqrt({config['query_pre_attn_scalar']})"
         )
-    if config["layer_types"] != gemma3_layers(config["num_hidden_layers"], bool(config.get("sliding_window"))):
+    if config["layer_types"] != gemma3_layers(
+        config["num_hidden_layers"], bool(config.get("sliding_window"))
+    ):
         raise ExportError(
             f"llama.cpp runs gemma3 with full attention in every {GEMMA3_PERIOD}th layer, "
             f"the model has {config['layer_types']}"
@@ -183,10 +194,16 @@ def read_config(header: Header, read: Callable[[str], Tensor]) -> dict[str, Any]
     kind = _model_type(arch, header)
     table = GPT2 if arch == "gpt2" else GENERAL
     config: dict[str, Any] = {"model_type": kind, "architectures": [CLASSES[kind]]}
-    config |= {name: header.get(f"{arch}.{key}") for key, name in table.items() if f"{arch}.{key}" in header.metadata}
-    missing = sorted({"context_length", "embedding_length", "block_count", "attention.head_count"} - _present(arch, header))
+    config |= {
+        name: header.get(f"{arch}.{key}") for key, name in table.items() if f"{arch}.{key}" in header.metadata
+    }
+    missing = sorted(
+        {"context_length", "embedding_length", "block_count", "attention.head_count"} - _present(arch, header)
+    )
     if missing or "token_embd.weight" not in header.tensors:
-        raise CheckpointError(f"the file lacks {', '.join(missing) or 'token_embd.weight'}; it is no complete model")
+        raise CheckpointError(
+            f"the file lacks {', '.join(missing) or 'token_embd.weight'}; it is no complete model"
+        )
     config["vocab_size"] = header.tensors["token_embd.weight"].shape[0]
     config["tie_word_embeddings"] = "output.weight" not in header.tensors
     for name in ("bos", "eos", "padding"):

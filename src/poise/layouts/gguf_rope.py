@@ -76,7 +76,9 @@ def _local_theta(config: Config) -> float:
 def _yarn_keys(rope: Mapping[str, Any]) -> dict[str, Value]:
     odd = [key for key in ("attention_factor", "mscale", "mscale_all_dim") if rope.get(key) is not None]
     if odd or rope.get("truncate", True) is not True:
-        raise ExportError(f"llama.cpp scales attention of yarn by 0.1 ln(factor) + 1, the model has {dict(rope)}")
+        raise ExportError(
+            f"llama.cpp scales attention of yarn by 0.1 ln(factor) + 1, the model has {dict(rope)}"
+        )
     keys = {
         "rope.scaling.type": text("yarn"),
         "rope.scaling.factor": f32(rope["factor"]),
@@ -170,8 +172,12 @@ def _read_betas(header: Header, prefix: str) -> dict[str, float]:
     return {name: header.get(key) for name, key in keys.items() if key in header.metadata}
 
 
-def _read_longrope(header: Header, prefix: str, original: int, read: Callable[[str], Tensor]) -> dict[str, Any]:
-    factors = {f"{length}_factor": read(f"rope_factors_{length}.weight").tolist() for length in ("long", "short")}
+def _read_longrope(
+    header: Header, prefix: str, original: int, read: Callable[[str], Tensor]
+) -> dict[str, Any]:
+    factors = {
+        f"{length}_factor": read(f"rope_factors_{length}.weight").tolist() for length in ("long", "short")
+    }
     scale = header.get(prefix + "scaling.attn_factor", 1.0)
     return {
         "rope_type": "longrope",

@@ -52,7 +52,11 @@ def tokenizer_keys(tokenizer: Any, rows: int, generation: Mapping[str, Any]) -> 
     tokens, types = _tokens(spec, rows, tokenizer.unk_token_id)
     keys = {"tokens": strings(tokens), "token_type": ints(types)}
     if spec["model"].get("byte_fallback"):
-        keys |= {"model": text("llama"), "pre": text("default"), "scores": floats(_scores(spec, tokens, types))}
+        keys |= {
+            "model": text("llama"),
+            "pre": text("default"),
+            "scores": floats(_scores(spec, tokens, types)),
+        }
         keys["add_space_prefix"] = flag(_space_prefix(spec))
     else:
         keys |= {"model": text("gpt2"), "pre": text(pre_name(spec))}
@@ -120,10 +124,14 @@ def _added(token: Mapping[str, Any], before: int) -> tuple[str, int]:
 def _scores(spec: Spec, tokens: list[str], types: list[int]) -> list[float]:
     """A score for each token such that merging best first follows the order of the merges."""
     if spec["model"].get("ignore_merges"):
-        raise ExportError("llama.cpp would tokenize differently: it knows no ignore_merges with byte fallback")
+        raise ExportError(
+            "llama.cpp would tokenize differently: it knows no ignore_merges with byte fallback"
+        )
     missing = sum(f"<0x{byte:02X}>" not in spec["model"]["vocab"] for byte in range(256))
     if missing:
-        raise ExportError(f"llama.cpp would tokenize differently: {missing} of the 256 byte tokens are missing")
+        raise ExportError(
+            f"llama.cpp would tokenize differently: {missing} of the 256 byte tokens are missing"
+        )
     merges = _merges(spec)
     rank: dict[str, int] = {}
     last = ""
@@ -134,7 +142,9 @@ def _scores(spec: Spec, tokens: list[str], types: list[int]) -> list[float]:
                 f"{left + right!r} have ranks {rank[left + right]} and {number}, with others between"
             )
         last = left + right
-    _refuse_missing_merges(set(merges), [token for token, kind in zip(tokens, types, strict=True) if kind == NORMAL])
+    _refuse_missing_merges(
+        set(merges), [token for token, kind in zip(tokens, types, strict=True) if kind == NORMAL]
+    )
     return [-float(rank.get(token, 0)) for token in tokens]
 
 
@@ -198,7 +208,9 @@ def _frame(tokenizer: Any) -> dict[str, Value]:
     end = framed[-1:] == [tokenizer.eos_token_id] and framed[-len(bare) :] != bare
     expected = [tokenizer.bos_token_id] * begin + bare + [tokenizer.eos_token_id] * end
     if framed != expected:
-        raise ExportError(f"llama.cpp would tokenize differently: 'a' becomes {framed}, it can only add begin and end")
+        raise ExportError(
+            f"llama.cpp would tokenize differently: 'a' becomes {framed}, it can only add begin and end"
+        )
     return {"add_bos_token": flag(begin), "add_eos_token": flag(end)}
 
 

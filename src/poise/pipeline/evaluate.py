@@ -121,8 +121,8 @@ def probe(source: str | Path, engine: str) -> dict[str, int]:
 def default_engine(checkpoint: Checkpoint) -> str:
     """llama.cpp for what it reads, if it is installed; else torch."""
     if checkpoint.kind == "gguf" and importlib.util.find_spec("xllamacpp"):
-        return "llamacpp()"
-    return "torch()"
+        return "llamacpp"
+    return "torch"
 
 
 def _model(source: str | Path) -> str | Path:
@@ -169,7 +169,7 @@ def _started(engine: str, checkpoint: Checkpoint) -> Engine:
 def _native(engine: str, checkpoint: Checkpoint) -> str:
     """Efficiency is measured in the dtype that the model is stored in, fidelity in float32."""
     native = str(checkpoint.dtype).removeprefix("torch.")
-    return f"torch(dtype={native!r})" if engine in ("torch", "torch()") else engine
+    return f"torch(dtype={native!r})" if engine == "torch" else engine
 
 
 def _fidelity(

@@ -26,7 +26,7 @@ def grid() -> str:
     exporters = names("exporter")
     lines = ["| format | bits/weight | " + " | ".join(exporters) + " |", "|---|---:|" + "---|" * len(exporters)]
     linear = Linear(name="w", rows=4096, columns=4096, role="ffn.up", block=0, input_group="w")
-    for spec in (spec for name in names("format") for spec in EXAMPLES.get(name, (f"{name}()",))):
+    for spec in (spec for name in names("format") for spec in EXAMPLES.get(name, (name,))):
         answers = [_answer(name, spec, linear) for name in exporters]
         bits = build("format", spec).resolve("float16").bits_per_weight(*linear.shape)
         lines.append(f"| `{spec}` | {bits:.3f} | " + " | ".join(answers) + " |")

@@ -6,23 +6,38 @@ from rich.table import Table
 from poise.core.artifact import Artifact
 from poise.core.checkpoint import Checkpoint
 from poise.core.comparison import Comparison, Side
-from poise.core.plan import Plan
+from poise.core.plan import Plan, PlanRow
 from poise.reports.report import figure_rows, human
 
 VERDICTS = {"reached": "[green]reached[/]", "missed": "[red]missed[/]", "not measured": "[dim]not measured[/]"}
 
 
 def print_plan(console: Console, plan: Plan) -> None:
-    """Matrices by role and format; every kept one is accounted for with its reason."""
-    table = Table("role", "format", "solver", "matrices", "weights", "why", title=f"{plan.recipe} for {plan.exporter}")
-    groups: dict[tuple[str, str, str, str], list[int]] = {}
+    """Matrices by format; every kept one, and every wish that was not met, with its reason."""
+    table = Table("format", "solver", "matrices", "weights", "roles", title=f"{plan.recipe} for {plan.exporter}")
+    groups: dict[tuple[str, str], list[PlanRow]] = {}
     for row in plan.rows:
-        activations = f" + {row.activations}-bit inputs" if row.activations else ""
-        wish = f"{row.format}{activations}" if row.format else "[yellow]kept[/]"
-        groups.setdefault((row.role, wish, row.solver or "", row.reason), []).append(row.rows * row.columns)
-    for (role, format, solver, reason), sizes in groups.items():
-        table.add_row(role, format, solver, str(len(sizes)), f"{sum(sizes):,}", reason)
+        inputs = f", {row.activations}-bit inputs" if row.activations else ""
+        groups.setdefault((f"{row.format or 'kept'}{inputs}", row.solver or ""), []).append(row)
+    for (format, solver), rows in groups.items():
+        roles = ", ".join(dict.fromkeys(row.role for row in rows))
+        weights = sum(row.rows * row.columns for row in rows)
+        table.add_row(format, solver, str(len(rows)), f"{weights:,}", roles)
     console.print(table)
+    for reason, rows in _remarks(plan).items():
+        roles = ", ".join(dict.fromkeys(row.role for row in rows))
+        console.print(f"  {len(rows)} x {roles}: {reason}", style="yellow" if rows[0].kept else "dim", highlight=False)
+
+
+def _remarks(plan: Plan) -> dict[str, list[PlanRow]]:
+    """What a reader should know: why matrices are kept, and why a wish gave way to a later one."""
+    remarks: dict[str, list[PlanRow]] = {}
+    for row in plan.rows:
+        if row.kept:
+            remarks.setdefault(f"kept: {row.reason}", []).append(row)
+        for refused in row.reason.split("; not ")[1:] if not row.kept else ():
+            remarks.setdefault(f"not {refused}", []).append(row)
+    return remarks
 
 
 def print_artifact(console: Console, artifact: Artifact) -> None:
