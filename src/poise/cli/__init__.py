@@ -1,6 +1,8 @@
 """The command line: one subcommand a file."""
 
+import signal
 import sys
+from types import FrameType
 
 import typer
 
@@ -21,13 +23,22 @@ app.command("doctor")(doctor.run)
 app.command("probe", hidden=True)(probe.run)
 
 
+class _Interrupted(BaseException):
+    """Ctrl-C. Not a KeyboardInterrupt, which typer would answer without saying how to go on."""
+
+
+def _interrupt(_: int, __: FrameType | None) -> None:
+    raise _Interrupted
+
+
 def main() -> None:
     """Runs a command; an error of ours is one line on stderr and its exit code, Ctrl-C is 130."""
+    signal.signal(signal.SIGINT, _interrupt)
     try:
         app()
     except PoiseError as error:
         print(f"poise: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
+    except _Interrupted:
         print("poise: interrupted; what is finished is kept, --resume continues", file=sys.stderr)
         sys.exit(130)

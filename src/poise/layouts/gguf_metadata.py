@@ -138,7 +138,8 @@ def _refuse_other_functions(arch: str, config: Config) -> None:
 
 
 _FIXED: dict[str, dict[str, Any]] = {
-    "qwen3moe": {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []},
+    "qwen3": {"attention_bias": False},
+    "qwen3moe": {"attention_bias": False, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []},
     "gemma3": {"attn_logit_softcapping": None, "use_bidirectional_attention": False, "attention_bias": False},
     "gpt2": {
         "scale_attn_weights": True,
@@ -231,7 +232,7 @@ def _read_details(
     details["rope_parameters"] = read_rope(arch, header, size, config["max_position_embeddings"], read)
     if kind not in ("phi3", "qwen2"):
         details["head_dim"] = size
-    if kind in ("llama", "qwen3", "qwen3_moe"):
+    if kind == "llama":
         details["attention_bias"] = "blk.0.attn_q.bias" in header.tensors
     if kind == "llama":
         details["mlp_bias"] = "blk.0.ffn_up.bias" in header.tensors

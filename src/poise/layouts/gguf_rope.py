@@ -74,20 +74,18 @@ def _local_theta(config: Config) -> float:
 
 
 def _yarn_keys(rope: Mapping[str, Any]) -> dict[str, Value]:
-    odd = [key for key in ("attention_factor", "mscale", "mscale_all_dim") if rope.get(key) is not None]
-    if odd or rope.get("truncate", True) is not True:
-        raise ExportError(
-            f"llama.cpp scales attention of yarn by 0.1 ln(factor) + 1, the model has {dict(rope)}"
-        )
-    keys = {
+    """llama.cpp reads no other settings of yarn for these architectures than factor and length."""
+    usual = {"beta_fast": 32, "beta_slow": 1, "attention_factor": 0.1 * math.log(rope["factor"]) + 1}
+    usual |= {"truncate": True, "mscale": None, "mscale_all_dim": None}
+    for key, value in usual.items():
+        found = rope.get(key)
+        if found is not None and found != value:
+            raise ExportError(f"llama.cpp runs yarn with {key} = {value}, the model has {found}")
+    return {
         "rope.scaling.type": text("yarn"),
         "rope.scaling.factor": f32(rope["factor"]),
         "rope.scaling.original_context_length": u32(rope["original_max_position_embeddings"]),
     }
-    for name in ("beta_fast", "beta_slow"):
-        if rope.get(name):
-            keys[f"rope.scaling.yarn_{name}"] = f32(rope[name])
-    return keys
 
 
 def _longrope_keys(config: Config, rope: Mapping[str, Any]) -> dict[str, Value]:
@@ -156,7 +154,6 @@ def read_rope(
         rope |= _read_longrope(header, prefix, original, read)
     elif kind == "yarn":
         rope |= {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
-        rope |= _read_betas(header, prefix)
     elif kind not in ("linear", "none"):
         raise CheckpointError(f"rope scaling {kind!r} is not supported")
     elif factor != 1.0 and kind == "linear":
@@ -165,11 +162,6 @@ def read_rope(
         return rope
     local = {"rope_type": "default", "rope_theta": header.get(prefix + "freq_base_swa", DEFAULT_THETA)}
     return {"full_attention": rope, "sliding_attention": local}
-
-
-def _read_betas(header: Header, prefix: str) -> dict[str, float]:
-    keys = {name: f"{prefix}scaling.yarn_{name}" for name in ("beta_fast", "beta_slow")}
-    return {name: header.get(key) for name, key in keys.items() if key in header.metadata}
 
 
 def _read_longrope(
