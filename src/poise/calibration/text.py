@@ -42,15 +42,19 @@ class Text:
         return [[*opening, *tokens[start : start + step]] for start in starts][:limit]
 
 
-def load_text(path: str | Path | None) -> Text:
-    """A UTF-8 text file, or the short sample that comes with Poise.
+def load_text(path: str | Path | None, purpose: str) -> Text:
+    """A UTF-8 text file, or the short text that comes with Poise.
+
+    Args:
+        purpose: ``evaluation`` or ``calibration``: which of the two built-in texts None stands for. They
+            share no paragraph, so that a model is not judged on what it was calibrated on.
 
     Raises:
         UsageError: the file cannot be read or is empty.
     """
     if path is None:
-        content = (resources.files("poise.calibration") / "sample.txt").read_text(encoding="utf-8")
-        return Text(name="the built-in sample", content=content)
+        content = (resources.files("poise.calibration") / f"{purpose}.txt").read_text(encoding="utf-8")
+        return Text(name=f"the built-in {purpose} text", content=content)
     try:
         content = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

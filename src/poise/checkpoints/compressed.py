@@ -34,7 +34,7 @@ class CompressedModules:
         self._skeleton = skeleton
         names = {name.removesuffix("_scale") for name in extents if name.endswith(".weight_scale")}
         self.modules: dict[str, list[str]] = {
-            name: [part for part in (f"{name.removesuffix('weight')}{key}" for key in PARTS) if part in extents]
+            name: [part for key in PARTS if (part := name.removesuffix("weight") + key) in extents]
             for name in sorted(names)
         }
         self.members: set[str] = {part for parts in self.modules.values() for part in parts}
@@ -51,13 +51,15 @@ class CompressedModules:
             infos[name] = TensorInfo(shape=tuple(int(n) for n in shape), stored=stored, nbytes=nbytes)
         return infos
 
-    def decode(self, name: str, read: Callable[[str], Tensor]) -> Tensor:
-        """A weight as the library decodes it, in the dtype of its scales."""
+    def decode(self, name: str, read: Callable[[str], Tensor], rows: slice | None = None) -> Tensor:
+        """A weight, or some of its rows, as the library decodes it, in the dtype of its scales."""
         from compressed_tensors.compressors import BaseCompressor
 
         scheme = self._scheme(name)
         compressor = BaseCompressor.get_value_from_registry(self._format(scheme))
         stored = {part.rpartition(".")[2]: read(part) for part in self.modules[name]}
+        if rows is not None:
+            stored = _some_rows(stored, scheme.weights, rows)
         weight: Tensor = compressor.decompress(stored, scheme)["weight"]
         return weight
 
@@ -77,9 +79,30 @@ class CompressedModules:
         from compressed_tensors.utils.match import is_match
 
         path = name.rpartition(".")[0]
-        module = self._skeleton.module_of(self._skeleton.place(name).parameter) or torch.nn.Linear(1, 1, device="meta")
+        module = self._skeleton.module_of(self._skeleton.place(name).parameter)
+        module = module or torch.nn.Linear(1, 1, device="meta")
         ignore: Iterable[str] = self._config.ignore or ()
         for scheme in self._config.config_groups.values():
             if is_match(path, module, scheme.targets, ignore):
                 return scheme
         raise CheckpointError(f"{name}: stored quantized, but no config group of config.json targets it")
+
+
+def _some_rows(stored: Mapping[str, Tensor], weights: Any, rows: slice) -> dict[str, Tensor]:
+    """The tensors of a layer cut to some of its outputs, so that a large one is decoded in slabs.
+
+    Everything has one row an output but the shape, and packed zero points, whose words run down the rows.
+    """
+    shape = stored.get("weight_shape")
+    cut = {key: value if value.shape[0] == 1 else value[rows] for key, value in stored.items()}
+    if shape is None:
+        return cut
+    height, width = (int(n) for n in shape)
+    cut["weight_shape"] = torch.tensor([len(range(*rows.indices(height))), width])
+    if "weight_zero_point" in stored:
+        from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
+
+        original = torch.Size((height, stored["weight_scale"].shape[-1]))
+        zero = unpack_from_int32(stored["weight_zero_point"], weights.num_bits, original, packed_dim=0)
+        cut["weight_zero_point"] = pack_to_int32(zero[rows].contiguous(), weights.num_bits, packed_dim=0)
+    return cut

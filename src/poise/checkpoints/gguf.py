@@ -56,15 +56,14 @@ class GgufCheckpoint(Checkpoint):
             self.config = read_config(self._header, lambda name: self._decode(self._header.tensors[name]))
             self.dtype = self._main_dtype()
             self.config["dtype"] = str(self.dtype).removeprefix("torch.")
-        except (CheckpointError, ExportError) as error:
+        except (CheckpointError, TypeError, ValueError, ArithmeticError, LookupError, RuntimeError) as error:
             raise CheckpointError(f"{path}: {error}") from error
 
     @property
     def gguf_constants(self) -> dict[str, Tensor]:
         """Tensors of the file that are no weights of the Hugging Face model."""
-        return {
-            name: self._decode(self._header.tensors[name]) for name in EXTRAS if name in self._header.tensors
-        }
+        present = [name for name in EXTRAS if name in self._header.tensors]
+        return {name: self._decode(self._header.tensors[name]) for name in present}
 
     def tensors(self) -> dict[str, TensorInfo]:
         infos = {}
@@ -150,7 +149,7 @@ class GgufCheckpoint(Checkpoint):
     def _shapes(self, parameters: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
         """Names and shapes as folders on the hub have them: no tied head, one tensor an expert."""
         kind = self.config["model_type"]
-        shapes = {}
+        shapes: dict[str, tuple[int, ...]] = {}
         for name, shape in parameters.items():
             block = name.split(".")[2] if name.startswith("model.layers.") else ""
             if name == "lm_head.weight" and self.config["tie_word_embeddings"]:
@@ -196,7 +195,7 @@ class GgufCheckpoint(Checkpoint):
 
     def _bytes(self, entry: Entry) -> Tensor:
         buffer = torch.empty(entry.nbytes, dtype=torch.uint8)
-        view = memoryview(buffer.numpy())
+        view = buffer.numpy().data
         with open(self.path, "rb", buffering=0) as file:
             file.seek(entry.start)
             done = 0

@@ -22,6 +22,7 @@ class Manifest:
         model: file or folder inside the artifact that an engine is pointed at, ``.`` for the folder.
         bits_per_weight: of the whole model, from bytes on disk.
         linear_bits_per_weight: of the quantized matrices alone, from bytes on disk.
+        calibration: sha256 of the text whose statistics the codes follow, None if they follow none.
         gates: acceptance ranges of the recipe, added to the default ones.
         weights: number of weights of the model; ``linear_weights`` of them are in quantized matrices.
         files: sha256 and size of every file but the manifest itself.
@@ -34,6 +35,7 @@ class Manifest:
     exporter: str
     model: str
     plan_hash: str
+    calibration: str | None
     gates: dict[str, float]
     weights: int
     weight_bytes: int

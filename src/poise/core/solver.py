@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -37,6 +38,9 @@ class Stats:
 
 class Solver(ABC):
     """Finds codes for a weight. Pure, and deterministic: the same inputs give the same codes."""
+
+    uses_stats: ClassVar[bool] = False
+    """Whether statistics of the layer's inputs change the result."""
 
     @abstractmethod
     def solve_slab(self, weight: Tensor, format: Format, importance: Tensor | None) -> tuple[Tensor, Params]:

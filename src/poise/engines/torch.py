@@ -50,6 +50,12 @@ class Torch(Engine):
         for path, bits in checkpoint.activations().items():
             self._model.get_submodule(path).register_forward_pre_hook(_round_inputs(bits))
 
+    @property
+    def model(self) -> nn.Module:
+        """The loaded model, for collectors that watch it read."""
+        module: nn.Module = self._model
+        return module
+
     @torch.no_grad()
     def logits(self, tokens: list[int]) -> Tensor:
         scores: Tensor = self._model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0]

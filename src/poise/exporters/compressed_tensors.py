@@ -1,20 +1,14 @@
 """compressed-tensors: a Hugging Face folder whose quantized weights transformers and vLLM load.
 
-A quantized layer ``m`` is stored as a handful of tensors beside each other. ``pack-quantized`` holds
-``m.weight_packed`` (codes, int32 words along the inputs), ``m.weight_scale`` [out, groups],
-``m.weight_shape`` and, for asymmetric grids, ``m.weight_zero_point`` (words along the outputs).
-``int-quantized`` holds ``m.weight`` as int8 and ``m.weight_scale`` [out, 1]: what integer matrix products
-read. ``quantization_config`` in ``config.json`` says which layers are stored how, as one *config group*
-for each distinct scheme with the layers it targets.
-
-Codes are written as the solver found them; nothing is rounded a second time. Only what both engines load
-is accepted, and the reasons below say what each of them does.
+Codes are written as the solver found them; nothing is rounded a second time. What is accepted loads in
+both engines, measured with transformers 5.23, compressed-tensors 0.20 and vLLM 0.32; each reason below
+says which of them fails, and how. What loads may still lack a kernel on some machine: on x86 CPUs vLLM
+runs 4-bit weights of layers whose sides are multiples of 32, and 8-bit weights with 8-bit activations;
+other widths and quantized experts need a GPU there, and single bits run in transformers only.
 """
 
 import json
-import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,16 +18,14 @@ from torch import Tensor
 from poise.core.checkpoint import Checkpoint
 from poise.core.errors import ExportError
 from poise.core.exporter import Codes, Exporter
-from poise.core.format import Format, QTensor
+from poise.core.format import Format
 from poise.core.linear import Linear
 from poise.core.plan import Plan, PlanRow
 from poise.core.registry import build, name_of
-
-LAYOUT_VERSION = "0.20.0"
-"""The release of compressed-tensors whose layout this is; codes of 3, 5, 6 and 7 bits are packed densely."""
+from poise.layouts.compressed_tensors import layer_tensors, quantization_config, scheme_of
 
 SHARD_BYTES = 500_000_000
-"""Largest file of weights: an export holds one of them in memory, and the largest tensor."""
+"""Largest file of weights. An export holds one of them in memory, and the largest tensor."""
 
 GROUPS = (256, 128, 64, 32, 16)
 FUSED = {
@@ -43,72 +35,32 @@ FUSED = {
     "ffn.gate": "ffn",
     "ffn.up": "ffn",
 }
-"""Roles that vLLM computes as one matrix product when they read the same activation."""
+"""Roles whose weights vLLM joins to one matrix when they read the same activation."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Scheme:
-    """How a layer is stored and computed: one config group.
-
-    Attributes:
-        layout: ``pack-quantized`` or ``int-quantized``.
-        bits: of a weight.
-        group: inputs that share a scale, None for one scale an output.
-        symmetric: whether there are no zero points.
-        activations: bits of the dynamic per-token activations, None when they are left alone.
-    """
-
-    layout: str
-    bits: int
-    group: int | None
-    symmetric: bool
-    activations: int | None
-
-    def config(self, targets: list[str]) -> dict[str, Any]:
-        """The entry of ``config_groups``; keys that both engines' releases know, no others."""
-        weights = {
-            "num_bits": self.bits,
-            "type": "int",
-            "symmetric": self.symmetric,
-            "strategy": "channel" if self.group is None else "group",
-            "group_size": self.group,
-            "dynamic": False,
-        }
-        inputs = None
-        if self.activations is not None:
-            inputs = {"num_bits": self.activations, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
-        return {
-            "targets": targets,
-            "weights": weights,
-            "input_activations": inputs,
-            "output_activations": None,
-            "format": self.layout,
-        }
-
-
-@dataclass(kw_only=True)
 class CompressedTensors(Exporter):
     """Writes ``config.json``, safetensors shards with their index, and the tokenizer's files.
 
-    Attributes:
-        shard_bytes: largest file of weights, except for a tensor that is larger by itself.
+    Args:
+        shard_bytes: largest file of weights, unless a tensor is larger by itself.
     """
 
-    shard_bytes: int = SHARD_BYTES
     engines: ClassVar[tuple[str, ...]] = ("transformers", "vLLM")
-    _dtype: str | None = field(default=None, init=False, repr=False)
-    """Of the model that was checked last: formats that are not stored in it are refused."""
+
+    def __init__(self, shard_bytes: int = SHARD_BYTES) -> None:
+        self.shard_bytes = shard_bytes
+        self._dtype: str | None = None  # of the model that was checked last; other dtypes are refused
 
     def check(self, checkpoint: Checkpoint) -> None:
         if not checkpoint.config.get("model_type"):
-            raise ExportError(f"{checkpoint.source}: config.json names no model_type, by which both engines load")
+            raise ExportError(f"{checkpoint.source}: no model_type in its config, by which engines load")
         self._dtype = _name(checkpoint.dtype)
 
     def scale_dtype(self, checkpoint: Checkpoint) -> str:
-        """The model's own dtype: both engines keep scales in it, and a wider one would be rounded on loading.
+        """The model's own dtype: both engines hold scales in it and would round wider ones.
 
-        A float32 model therefore gets float32 scales. transformers loads them as they are; vLLM does so
-        when it runs in float32 and rounds all of the model, scales included, when it runs in less.
+        A float32 model gets float32 scales: exact in transformers, and in vLLM when it is told to run in
+        float32. Left to itself vLLM runs such a model in 16 bits and rounds all of it, scales included.
         """
         self._dtype = _name(checkpoint.dtype)
         return self._dtype
@@ -118,74 +70,75 @@ class CompressedTensors(Exporter):
         if kind == "float":
             return self._float_reason(format, activations)
         if kind != "int":
-            return f"compressed-tensors has no layout for {kind}: it holds int, and float in the model's own dtype"
-        return (
-            _place_reason(linear)
-            or self._grid_reason(linear, format)
-            or _activation_reason(linear, format, activations)
-        )
+            return f"compressed-tensors has no layout for {kind}; it takes int, or the model's own float"
+        reason = _place_reason(linear, format) or self._grid_reason(linear, format)
+        return reason or _activation_reason(linear, format, activations)
 
-    def export(self, checkpoint: Checkpoint, plan: Plan, codes: Codes, folder: Path) -> Path:
+    def check_plan(self, checkpoint: Checkpoint, plan: Plan) -> None:
+        """What no matrix can tell by itself: whether the plan as a whole loads.
+
+        Raises:
+            ExportError: names the tensors that are in the way.
+        """
         self.check(checkpoint)
         linears = {linear.name: linear for linear in checkpoint.linears()}
-        self._check_rows(plan, linears)
-        check_fused(plan, linears.values())
-        for name, content in checkpoint.sidecars().items():
-            (folder / name).write_bytes(content)
-        config = {**checkpoint.config, "dtype": _name(checkpoint.dtype)}
-        for stale in ("torch_dtype", "quantization_config"):
-            config.pop(stale, None)
-        groups = quantization_config(plan)
-        if groups is not None:
-            config["quantization_config"] = groups
-        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        write_shards(_tensors(checkpoint, plan, linears, codes), folder, self.shard_bytes)
-        return folder
-
-    def _check_rows(self, plan: Plan, linears: dict[str, Linear]) -> None:
-        """A plan may come from a file: what it asks for is asked of ``accepts`` once more."""
         for row in plan.quantized:
             if row.name not in linears:
                 raise ExportError(f"the plan quantizes {row.name}, which is no matrix of this model")
-            reason = self.accepts(linears[row.name], _format(row), row.activations)
+            reason = self.accepts(linears[row.name], build("format", str(row.format)), row.activations)
             if reason is not None:
                 raise ExportError(f"{row.name}: cannot store {row.format}: {reason}")
+        check_fused(plan, linears.values())
+        check_experts(plan, linears.values())
+        check_zero_points(plan)
+
+    def export(self, checkpoint: Checkpoint, plan: Plan, codes: Codes, folder: Path) -> Path:
+        self.check_plan(checkpoint, plan)
+        config = json.dumps(model_config(checkpoint, plan), indent=2, sort_keys=True) + "\n"
+        (folder / "config.json").write_text(config, encoding="utf-8")
+        for name, content in checkpoint.sidecars().items():
+            (folder / name).write_bytes(content)
+        write_shards(_tensors(checkpoint, plan, codes), folder, self.shard_bytes)
+        return folder
 
     def _float_reason(self, format: Any, activations: int | None) -> str | None:
         if activations is not None:
             return "activations are rounded for integer weights only"
-        if self._dtype not in (None, format.dtype):
-            return (
-                f"the model is {self._dtype} and both engines load every float in that dtype: "
-                f"use float(dtype='{self._dtype}')"
-            )
-        return None
+        if self._dtype in (None, format.dtype):
+            return None
+        return f"both engines load every float in the model's dtype: use float(dtype={self._dtype!r})"
 
     def _grid_reason(self, linear: Linear, format: Any) -> str | None:
         if not format.symmetric and format.zero != "integer":
-            return f'compressed-tensors stores integer zero points only: use zero="integer", not {format.zero!r}'
+            return f'compressed-tensors stores integer zero points: use zero="integer", not {format.zero!r}'
+        if not format.symmetric and linear.rows % 32:
+            return f"vLLM splits zero points at every 32 outputs, and there are {linear.rows}: use symmetric=True"
         if format.group == "tensor":
-            return 'one scale for a whole tensor has no kernel for weights alone: use group="channel" or a number'
+            return 'vLLM wants a scale for every output or group: use group="channel" or a number'
         if isinstance(format.group, int) and linear.columns % format.group:
             fitting = [str(group) for group in GROUPS if linear.columns % group == 0]
             instead = f"groups of {', '.join(fitting)} do" if fitting else 'use group="channel"'
             return f"rows of {linear.columns} do not divide into groups of {format.group}; {instead}"
         if self._dtype is not None and format.scale not in ("auto", self._dtype):
-            return (
-                f"scales are {format.scale}, but both engines hold them in the model's dtype, {self._dtype}: "
-                "leave scale at auto"
-            )
+            return f"both engines hold scales in the model's dtype, {self._dtype}, not in {format.scale}"
         return None
 
 
-def _place_reason(linear: Linear) -> str | None:
-    """Layers that are no plain linear layer in both engines."""
-    if linear.experts is not None:
-        return "the experts are stored as one tensor, which neither engine loads quantized from compressed-tensors"
-    if linear.transposed:
-        return "the weight is stored transposed (Conv1D), and both engines quantize linear layers only"
+def _place_reason(linear: Linear, format: Any) -> str | None:
+    """Weights that are not loaded quantized where they stand in the model."""
+    if linear.role == "embedding":
+        return (
+            "quantized embeddings do not load: transformers fails on them, and vLLM reads them for few "
+            "architectures, on GPUs only" + (" and never as the output head" if linear.tied else "")
+        )
     if linear.role == "router":
-        return "a router must keep full precision: transformers and vLLM build it without quantization"
+        return "transformers and vLLM build routers in full precision"
+    if linear.experts is not None:
+        return "the experts are stored as one tensor; both engines load quantized experts one by one"
+    if linear.transposed:
+        return "the weight is stored transposed (Conv1D); both engines load quantized linear layers only"
+    if linear.role.startswith("expert.") and not format.symmetric:
+        return "transformers loads quantized experts without zero points: use symmetric=True"
     return None
 
 
@@ -195,139 +148,100 @@ def _activation_reason(linear: Linear, format: Any, activations: int | None) -> 
     if activations != 8:
         return f"both engines round activations to 8 bits, not to {activations}"
     if linear.role.startswith("expert."):
-        return "transformers loads quantized experts without rounding their activations"
-    if not format.symmetric:
-        return "integer matrix products need symmetric weights: use symmetric=True"
+        return "transformers loads quantized experts only if their activations are left alone"
+    if format.bits < 8:
+        return (
+            f"vLLM multiplies packed {format.bits}-bit weights with 16-bit activations on x86 CPUs and most "
+            "GPUs, whatever the folder asks for: leave the activations alone, or use int(bits=8, "
+            "group='channel') with 8-bit activations"
+        )
+    if not format.symmetric or format.group != "channel":
+        return "integer matrix products take int(bits=8, group='channel'), one symmetric scale an output"
     return None
 
 
 def check_fused(plan: Plan, linears: Iterable[Linear]) -> None:
-    """Layers that an engine computes together must be stored alike.
-
-    vLLM concatenates q, k, v and gate, up; it computes all matrices of a layer's experts in one kernel,
-    and transformers loads the experts of all layers with one scheme.
+    """vLLM joins q, k, v and gate, up to one matrix each: their formats must be the same.
 
     Raises:
         ExportError: names the tensors that differ.
     """
-    together: dict[tuple[str, str], list[str]] = {}
+    joined: dict[tuple[str, str], list[str]] = {}
     for linear in linears:
         if linear.role in FUSED:
-            together.setdefault((linear.input_group, FUSED[linear.role]), []).append(linear.name)
-        elif linear.role.startswith("expert."):
-            together.setdefault(("", "expert"), []).append(linear.name)
-    schemes = {row.name: scheme_of(row) for row in plan.rows}
-    for (_, kind), names in together.items():
-        first = {schemes.get(name): name for name in reversed(names)}
-        if len(first) > 1:
-            stored = "; ".join(f"{name} as {_spell(plan.row(name))}" for name in sorted(first.values()))
-            who = "both engines load all experts" if kind == "expert" else "vLLM computes them as one matrix and loads them"
-            raise ExportError(f"{who} with one format, but the plan stores {stored}. Give them the same format")
+            joined.setdefault((linear.input_group, FUSED[linear.role]), []).append(linear.name)
+    for names in joined.values():
+        _same(plan, names, "vLLM computes them as one matrix")
 
 
-def scheme_of(row: PlanRow) -> Scheme | None:
-    """How a matrix is stored; None for floating-point weights."""
-    if row.kept:
-        return None
-    format: Any = _format(row)
-    if name_of(format) != "int":
-        return None
-    integer = row.activations == 8 and format.bits == 8
-    return Scheme(
-        layout="int-quantized" if integer else "pack-quantized",
-        bits=format.bits,
-        group=None if format.group == "channel" else format.group,
-        symmetric=format.symmetric,
-        activations=row.activations,
-    )
+def check_experts(plan: Plan, linears: Iterable[Linear]) -> None:
+    """Experts that are stored one by one have one format in the whole model.
 
+    transformers merges them on loading, with one scheme for all of them and with none if the rest of the
+    model alone is quantized; vLLM computes a layer's experts in one kernel.
 
-def quantization_config(plan: Plan) -> dict[str, Any] | None:
-    """What ``config.json`` says about the quantization; None when nothing is quantized."""
-    members: dict[Scheme | None, list[str]] = {}
-    for row in plan.rows:
-        members.setdefault(scheme_of(row), []).append(row.name.removesuffix(".weight"))
-    kept = members.pop(None, [])
-    if not members:
-        return None
-    everything = [row.name.removesuffix(".weight") for row in plan.rows]
-    schemes = sorted((scheme for scheme in members if scheme), key=lambda scheme: str(asdict(scheme)))
-    layouts = {scheme.layout for scheme in schemes}
-    return {
-        "quant_method": "compressed-tensors",
-        "version": LAYOUT_VERSION,
-        "quantization_status": "compressed",
-        "format": layouts.pop() if len(layouts) == 1 else "mixed-precision",
-        "config_groups": {
-            f"group_{number}": scheme.config(patterns(members[scheme], everything))
-            for number, scheme in enumerate(schemes)
-        },
-        "ignore": patterns(kept, everything),
-    }
-
-
-def patterns(names: Sequence[str], everything: Sequence[str]) -> list[str]:
-    """Regular expressions that match these modules and no other of the model.
-
-    ``model.layers.0.mlp.up_proj`` and its like become ``re:.*\\\\blayers\\\\.\\\\d+\\\\.mlp\\\\.up_proj$`` when
-    all layers are meant, else the layers are listed. What stands before the first number is left open
-    because engines nest the same layers differently, and the list stays short for thousands of experts.
+    Raises:
+        ExportError: names the tensors that differ.
     """
-    wanted = set(names)
-    found: dict[str, list[str]] = {}
-    for name in everything:
-        found.setdefault(re.sub(r"\d+", "#", _inner(name)), []).append(name)
-    result = []
-    for shape, members in found.items():
-        meant = [name for name in members if name in wanted]
-        layers = sorted({int(number) for name in meant for number in re.findall(r"\d+", _inner(name))[:1]})
-        if not meant:
-            continue
-        text = re.escape(shape).replace(r"\#", r"\d+")
-        if len(meant) < len(members):
-            text = text.replace(r"\d+", f"(?:{'|'.join(map(str, layers))})", 1)
-        result.append(rf"re:.*\b{text}$")
-    return result
+    experts = [linear for linear in linears if linear.role.startswith("expert.")]
+    names = [linear.name for linear in experts if linear.experts is None]
+    _same(plan, names, "the engines load all experts with one scheme")
+    schemes = {row.name: scheme_of(row) for row in plan.rows}
+    others = [name for name, scheme in schemes.items() if scheme and not scheme.expert]
+    if names and others and schemes.get(names[0]) is None:
+        raise ExportError(
+            f"transformers loads {others[0]} quantized only if the experts are too, and the plan keeps "
+            f"{names[0]}: give role expert.* a symmetric integer format without activations, as int(bits=8)"
+        )
 
 
-def _inner(name: str) -> str:
-    """The part of a module's path that engines agree on: from the list of layers on, or its last word."""
-    numbered = re.search(r"[^.]+\.\d+\..*", name)
-    return numbered.group(0) if numbered else name.rpartition(".")[2]
+def check_zero_points(plan: Plan) -> None:
+    """transformers loads zero points by de-quantizing the model, with one scheme for all dense layers.
+
+    Raises:
+        ExportError: names two tensors that differ.
+    """
+    dense = {row.name: scheme for row in plan.rows if (scheme := scheme_of(row)) and not scheme.expert}
+    if not all(scheme.symmetric for scheme in dense.values()):
+        _same(plan, list(dense), "transformers loads asymmetric weights only if all layers are stored alike")
 
 
-def _tensors(
-    checkpoint: Checkpoint, plan: Plan, linears: dict[str, Linear], codes: Codes
-) -> Iterator[tuple[str, Tensor]]:
+def _same(plan: Plan, names: Sequence[str], why: str) -> None:
+    rows = {row.name: row for row in plan.rows if row.name in set(names)}
+    first = {scheme_of(row): name for name, row in reversed(rows.items())}
+    if len(first) < 2:
+        return
+    stored = "; ".join(f"{name} as {_spell(rows[name])}" for name in sorted(first.values()))
+    raise ExportError(f"{why}, but the plan stores {stored}: give them the same format")
+
+
+def model_config(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
+    """The source's ``config.json`` with the dtype and quantization of the new folder."""
+    config = {**checkpoint.config, "dtype": _name(checkpoint.dtype)}
+    for stale in ("torch_dtype", "quantization_config"):
+        config.pop(stale, None)
+    if not config.get("architectures"):
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+        config["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config["model_type"]]]  # vLLM goes by it
+    quantization = quantization_config(plan)
+    return config if quantization is None else {**config, "quantization_config": quantization}
+
+
+def _tensors(checkpoint: Checkpoint, plan: Plan, codes: Codes) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the folder, one weight in memory at a time."""
     rows = {row.name: row for row in plan.quantized}
+    linears = {linear.name: linear for linear in checkpoint.linears()}
     for name, info in checkpoint.tensors().items():
         if name not in rows:
             tensor = checkpoint.read(name)
-            lossless = isinstance(getattr(torch, info.stored, None), torch.dtype)
-            yield name, tensor if lossless or not tensor.is_floating_point() else tensor.to(checkpoint.dtype)
-            continue
-        scheme, weight = scheme_of(rows[name]), codes(name)
-        if scheme is None:
-            yield name, _as_stored(weight.pack()["values"], linears[name])
+            decoded = not isinstance(getattr(torch, info.stored, None), torch.dtype)
+            yield name, tensor.to(checkpoint.dtype) if decoded and tensor.is_floating_point() else tensor
+        elif scheme := scheme_of(rows[name]):
+            for part, tensor in layer_tensors(codes(name), scheme).items():
+                yield name.removesuffix("weight") + part, tensor
         else:
-            for part, tensor in layout(weight, scheme).items():
-                yield f"{name.removesuffix('weight')}{part}", tensor
-
-
-def layout(weight: QTensor, scheme: Scheme) -> dict[str, Tensor]:
-    """The tensors of one layer under compressed-tensors' names; codes go in unchanged."""
-    if scheme.layout == "int-quantized":
-        return {"weight": weight.codes.contiguous(), "weight_scale": weight.params["scale"].contiguous()}
-    stored = weight.pack()
-    parts = {
-        "weight_packed": stored["packed"],
-        "weight_scale": stored["scale"].contiguous(),
-        "weight_shape": torch.tensor(weight.shape, dtype=torch.int64),
-    }
-    if "zero_packed" in stored:
-        parts["weight_zero_point"] = stored["zero_packed"].T.contiguous()
-    return parts
+            yield name, _as_stored(codes(name).pack()["values"], linears[name])
 
 
 def _as_stored(matrix: Tensor, linear: Linear) -> Tensor:
@@ -338,52 +252,44 @@ def _as_stored(matrix: Tensor, linear: Linear) -> Tensor:
 
 
 def write_shards(tensors: Iterable[tuple[str, Tensor]], folder: Path, limit: int) -> None:
-    """``model.safetensors``, or numbered shards of at most ``limit`` bytes with an index.
+    """``model.safetensors``, or numbered shards of at most ``limit`` bytes and their index.
 
-    The number of shards is part of their names and known last, so they are renamed at the end.
+    Names of shards tell how many there are, which is known last: they are renamed at the end.
     """
-    from safetensors.torch import save_file
-
     shards: list[list[str]] = []
     shard: dict[str, Tensor] = {}
-    total = held = 0
-
-    def flush() -> None:
-        path = folder / f"shard-{len(shards) + 1}"
-        save_file(shard, path, metadata={"format": "pt"})
-        path.chmod(0o644)  # safetensors makes files that only their owner can read
-        shards.append(list(shard))
-        shard.clear()
-
+    total = 0
     for name, tensor in tensors:
-        if shard and held + tensor.nbytes > limit:
-            flush()
-            held = 0
+        if shard and sum(held.nbytes for held in shard.values()) + tensor.nbytes > limit:
+            shards.append(_write_shard(shard, folder / f"shard-{len(shards)}"))
+            shard.clear()
         shard[name] = tensor
-        held += tensor.nbytes
         total += tensor.nbytes
-    flush()
+    shards.append(_write_shard(shard, folder / f"shard-{len(shards)}"))
     if len(shards) == 1:
-        (folder / "shard-1").rename(folder / "model.safetensors")
+        (folder / "shard-0").rename(folder / "model.safetensors")
         return
-    places = {}
-    for number, members in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+    places: dict[str, str] = {}
+    for number, names in enumerate(shards):
+        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         (folder / f"shard-{number}").rename(folder / file)
-        places.update(dict.fromkeys(members, file))
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
-    text = json.dumps(index, indent=2) + "\n"
+        places.update(dict.fromkeys(names, file))
+    index = {"metadata": {"total_size": total}, "weight_map": places}
+    text = json.dumps(index, indent=2, sort_keys=True) + "\n"
     (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
 
 
-def _format(row: PlanRow) -> Format:
-    format: Format = build("format", row.format or "")
-    return format
+def _write_shard(tensors: dict[str, Tensor], path: Path) -> list[str]:
+    from safetensors.torch import save_file
+
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # safetensors makes files that only their owner can read
+    return list(tensors)
 
 
-def _spell(row: PlanRow | None) -> str:
-    if row is None or row.format is None:
-        return "floating point"
+def _spell(row: PlanRow) -> str:
+    if row.format is None:
+        return "it is"
     return row.format if row.activations is None else f"{row.format} with {row.activations}-bit activations"
 
 

@@ -132,7 +132,8 @@ def _tensor(slot: Slot, formats: Formats, checkpoint: Checkpoint) -> _Tensor:
     Raises:
         ExportError: experts of one stack have different formats, or a format that no block holds.
     """
-    kept = "F32" if slot.always_float32 else FLOATS[str(checkpoint.dtype).removeprefix("torch.")]
+    dtype = str(checkpoint.dtype).removeprefix("torch.")
+    kept = "F32" if slot.always_float32 else FLOATS.get(dtype, "F32")
     planned = {name: formats.get(name) for name in slot.sources}
     if len(set(planned.values())) > 1:
         examples = {spec: name for name, spec in reversed(planned.items())}
@@ -144,6 +145,8 @@ def _tensor(slot: Slot, formats: Formats, checkpoint: Checkpoint) -> _Tensor:
     block = kept if spec is None else block_of(build("format", spec))
     if block is None or slot.shape[-1] % type_size(block)[0]:
         raise ExportError(f"{slot.name}: llama.cpp has no block for {spec} in rows of {slot.shape[-1]}")
+    if slot.always_float32 and block != "F32":
+        raise ExportError(f"{slot.name}: llama.cpp keeps it in float32, the plan asks for {spec}")
     shape = (len(slot.sources), *slot.shape) if slot.stacked else slot.shape
     return _Tensor(slot.name, block, shape, slot)
 
@@ -181,9 +184,8 @@ def _parts(
 def _kept(tensor: _Tensor, slot: Slot, value: Tensor) -> Rows:
     cast = slot.to_gguf(value).to(DTYPES[tensor.type])
     if bool(torch.isinf(cast).any()) and not bool(torch.isinf(value).any()):
-        raise ExportError(
-            f"{slot.name} holds values that {tensor.type} cannot: up to {float(value.abs().max()):.3g}"
-        )
+        largest = float(value.abs().max())
+        raise ExportError(f"{slot.name} holds values up to {largest:.3g}, more than {tensor.type} can")
     return pack_floats(cast.reshape(slot.rows, -1))
 
 

@@ -186,13 +186,16 @@ def _slot(arch: str, config: Mapping[str, Any], shapes: Shapes, name: str, sourc
             + ", ".join(f"{shapes[source]} {source}" for source in list(sources.values())[:3])
         )
     shape = tuple(shapes[sources[0]])
+    heads = _heads(arch, config, name)
+    if heads and shape[0] % (2 * heads):
+        raise ExportError(f"{sources[0]}: {shape[0]} rows do not split into pairs of {heads} heads")
     transposed = arch == "gpt2" and len(shape) == 2 and name.startswith("blk.")
     return Slot(
         name=name,
         sources=tuple(sources[number] for number in range(count)),
         shape=shape[::-1] if transposed else shape,
         stacked=stacked,
-        heads=_heads(arch, config, name),
+        heads=heads,
         transposed=transposed,
         shift=1.0 if arch == "gemma3" and name.endswith("norm.weight") else 0.0,
     )

@@ -13,6 +13,7 @@ import mmap
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -25,18 +26,7 @@ from poise.core.errors import CheckpointError
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 BOOL, STRING, ARRAY = 7, 8, 9
-NUMBERS = {
-    0: "<u1",
-    1: "<i1",
-    2: "<u2",
-    3: "<i2",
-    4: "<u4",
-    5: "<i4",
-    6: "<f4",
-    10: "<u8",
-    11: "<i8",
-    12: "<f8",
-}
+NUMBERS = {0: "u1", 1: "i1", 2: "u2", 3: "i2", 4: "u4", 5: "i4", 6: "f4", 10: "u8", 11: "i8", 12: "f8"}
 MAX_DIMENSIONS = 4
 ALIGNMENT = 32
 _T = TypeVar("_T")
@@ -229,7 +219,7 @@ def _scalar(cursor: _Cursor, kind: int, name: str) -> Any:
 def _number_type(kind: int, name: str) -> str:
     if kind not in NUMBERS:
         raise ValueError(f"{name} has the unknown value type {kind}")
-    return NUMBERS[kind]
+    return f"<{NUMBERS[kind]}"
 
 
 def _tensor(cursor: _Cursor, name: str) -> tuple[tuple[int, ...], int, int]:
@@ -263,6 +253,6 @@ def _place(
 
 def _refuse_overlaps(entries: dict[str, Entry]) -> None:
     ordered = sorted(entries.items(), key=lambda item: item[1].start)
-    for (first, one), (second, other) in zip(ordered, ordered[1:], strict=False):
+    for (first, one), (second, other) in pairwise(ordered):
         if one.start + one.nbytes > other.start:
             raise ValueError(f"{first} and {second} overlap")

@@ -5,7 +5,6 @@ sit, which layers attend to a window. A configuration that asks for anything els
 refused, because llama.cpp would load it and answer something different.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from poise.core.errors import CheckpointError, ExportError
 from poise.layouts.gguf import ARCHITECTURES, architecture
-from poise.layouts.gguf_header import Header, Value, f32, flag, text, u32
+from poise.layouts.gguf_header import Header, Value, f32, u32
 from poise.layouts.gguf_rope import read_rope, rope_keys
 
 Config = Mapping[str, Any]
@@ -99,6 +98,7 @@ def hyper_parameters(config: Config) -> dict[str, Value]:
 
 
 def head_dim(config: Config) -> int:
+    """Dimensions of an attention head."""
     return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
 
 
@@ -139,7 +139,12 @@ def _refuse_other_functions(arch: str, config: Config) -> None:
 
 _FIXED: dict[str, dict[str, Any]] = {
     "qwen3": {"attention_bias": False},
-    "qwen3moe": {"attention_bias": False, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []},
+    "qwen3moe": {
+        "attention_bias": False,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    },
     "gemma3": {"attn_logit_softcapping": None, "use_bidirectional_attention": False, "attention_bias": False},
     "gpt2": {
         "scale_attn_weights": True,
@@ -166,13 +171,15 @@ def _refuse_other_gemma3(config: Config) -> None:
 
 
 def gemma3_scalar(layers: int, config: Config) -> int:
+    """llama.cpp divides the attention scores of gemma3 by the root of this."""
     if layers == LARGEST_GEMMA3:
         return int(config["hidden_size"] // config["num_attention_heads"])
     return head_dim(config)
 
 
 def gemma3_layers(layers: int, window: bool) -> list[str]:
-    full = {True: GEMMA3_PERIOD, False: 1}[window]
+    """What each layer of gemma3 attends to in llama.cpp."""
+    full = GEMMA3_PERIOD if window else 1
     return ["sliding_attention" if (layer + 1) % full else "full_attention" for layer in range(layers)]
 
 
@@ -184,32 +191,49 @@ def read_config(header: Header, read: Callable[[str], Tensor]) -> dict[str, Any]
         read: loads a tensor by its GGUF name.
 
     Raises:
-        CheckpointError: an architecture that Poise does not read, or metadata that is missing.
+        CheckpointError: an architecture that Poise does not read, or metadata that is missing or absurd.
     """
     arch = header.get("general.architecture")
-    if arch not in set(ARCHITECTURES.values()):
-        raise CheckpointError(
-            f"GGUF files of the architecture {arch!r} are not supported: "
-            f"there is {', '.join(sorted(set(ARCHITECTURES.values())))}"
-        )
+    if arch not in ARCHITECTURES.values():
+        known = ", ".join(sorted(set(ARCHITECTURES.values())))
+        raise CheckpointError(f"GGUF files of the architecture {arch!r} are not supported: there is {known}")
     kind = _model_type(arch, header)
-    table = GPT2 if arch == "gpt2" else GENERAL
     config: dict[str, Any] = {"model_type": kind, "architectures": [CLASSES[kind]]}
-    config |= {
-        name: header.get(f"{arch}.{key}") for key, name in table.items() if f"{arch}.{key}" in header.metadata
-    }
-    missing = sorted(
-        {"context_length", "embedding_length", "block_count", "attention.head_count"} - _present(arch, header)
-    )
-    if missing or "token_embd.weight" not in header.tensors:
-        raise CheckpointError(
-            f"the file lacks {', '.join(missing) or 'token_embd.weight'}; it is no complete model"
-        )
+    config |= _read_table(arch, header)
     config["vocab_size"] = header.tensors["token_embd.weight"].shape[0]
     config["tie_word_embeddings"] = "output.weight" not in header.tensors
     for name in ("bos", "eos", "padding"):
         config[f"{name.removesuffix('ding')}_token_id"] = header.get(f"tokenizer.ggml.{name}_token_id")
     return config if arch == "gpt2" else config | _read_details(arch, kind, config, header, read)
+
+
+def _read_table(arch: str, header: Header) -> dict[str, Any]:
+    """The plain numbers; each must be of a size that a model can have."""
+    numbers = {}
+    for key, name in (GPT2 if arch == "gpt2" else GENERAL).items():
+        value = header.get(f"{arch}.{key}")
+        largest = LARGEST.get(key, 2**31)
+        if value is None and key in REQUIRED:
+            raise CheckpointError(f"the file lacks {arch}.{key}; it is no complete model")
+        if value is not None and not (isinstance(value, int | float) and 0 < value < largest):
+            raise CheckpointError(f"{arch}.{key} is {str(value)[:40]}, expected a number below {largest}")
+        if value is not None:
+            numbers[name] = value
+    if header.get(f"{arch}.block_count") > len(header.tensors) or "token_embd.weight" not in header.tensors:
+        raise CheckpointError(
+            "the file has fewer tensors than blocks, or no token_embd.weight; it is no complete model"
+        )
+    return numbers
+
+
+REQUIRED = ("context_length", "embedding_length", "block_count", "attention.head_count")
+LARGEST = {
+    "attention.head_count": 2**16,
+    "attention.head_count_kv": 2**16,
+    "expert_count": 2**16,
+    "expert_used_count": 2**16,
+}
+"""Bounds on what is built one by one."""
 
 
 def _model_type(arch: str, header: Header) -> str:
@@ -218,16 +242,14 @@ def _model_type(arch: str, header: Header) -> str:
     return next(kind for kind, name in ARCHITECTURES.items() if name == arch)
 
 
-def _present(arch: str, header: Header) -> set[str]:
-    return {key.removeprefix(f"{arch}.") for key in header.metadata}
-
-
 def _read_details(
     arch: str, kind: str, config: Config, header: Header, read: Callable[[str], Tensor]
 ) -> dict[str, Any]:
     """What only some architectures have: head size, biases, windows, rotary embeddings, experts."""
     heads = config["num_attention_heads"]
     size = header.get(f"{arch}.attention.key_length") or config["hidden_size"] // heads
+    if not isinstance(size, int) or not 0 < size < 2**16:
+        raise CheckpointError(f"{arch}.attention.key_length is {size!r}, expected a number below {2**16}")
     details: dict[str, Any] = {"num_key_value_heads": config.get("num_key_value_heads", heads)}
     details["rope_parameters"] = read_rope(arch, header, size, config["max_position_embeddings"], read)
     if kind not in ("phi3", "qwen2"):

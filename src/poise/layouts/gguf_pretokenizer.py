@@ -83,7 +83,7 @@ def pre_tokenizer(name: str) -> tuple[Any, bool] | None:
     key = next((key for key, value in NAMES.items() if value == name), None)
     if key is None:
         return None
-    made = []
+    made: list[Any] = []
     for step in key[0]:
         if step.startswith("split:"):
             made.append(pre_tokenizers.Split(Regex(step.removeprefix("split:")), behavior="isolated"))

@@ -62,8 +62,9 @@ _SCALINGS = {
 
 def global_rope(config: Config) -> Mapping[str, Any]:
     """Parameters of the layers with full attention."""
-    rope: Mapping[str, Any] = config["rope_parameters"]
-    return rope.get("full_attention", rope)
+    rope: dict[str, Any] = config["rope_parameters"]
+    found: dict[str, Any] = rope.get("full_attention", rope)
+    return found
 
 
 def _local_theta(config: Config) -> float:
@@ -75,7 +76,11 @@ def _local_theta(config: Config) -> float:
 
 def _yarn_keys(rope: Mapping[str, Any]) -> dict[str, Value]:
     """llama.cpp reads no other settings of yarn for these architectures than factor and length."""
-    usual = {"beta_fast": 32, "beta_slow": 1, "attention_factor": 0.1 * math.log(rope["factor"]) + 1}
+    usual: dict[str, Any] = {
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "attention_factor": 0.1 * math.log(rope["factor"]) + 1,
+    }
     usual |= {"truncate": True, "mscale": None, "mscale_all_dim": None}
     for key, value in usual.items():
         found = rope.get(key)
@@ -120,11 +125,13 @@ def rope_tensors(config: Config) -> dict[str, Tensor]:
 
 def llama3_divisors(size: int, rope: Mapping[str, Any]) -> Tensor:
     """What llama3 divides each frequency by: 1 for short waves, ``factor`` for long ones."""
-    frequency = rope["rope_theta"] ** -(torch.arange(0, size, 2, dtype=torch.float32) / size)
+    exponent = torch.arange(0, size, 2, dtype=torch.float32) / size
+    frequency: Tensor = rope["rope_theta"] ** -exponent
     turns = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     smooth = ((turns - low) / (high - low)).clamp(0, 1)
-    return 1 / ((1 - smooth) / rope["factor"] + smooth)
+    divisors: Tensor = 1 / ((1 - smooth) / rope["factor"] + smooth)
+    return divisors
 
 
 def read_rope(

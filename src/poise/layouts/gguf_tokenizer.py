@@ -129,23 +129,38 @@ def _scores(spec: Spec, tokens: list[str], types: list[int]) -> list[float]:
         )
     missing = sum(f"<0x{byte:02X}>" not in spec["model"]["vocab"] for byte in range(256))
     if missing:
-        raise ExportError(
-            f"llama.cpp would tokenize differently: {missing} of the 256 byte tokens are missing"
-        )
+        raise ExportError(f"llama.cpp would tokenize differently: {missing} byte tokens of 256 are missing")
     merges = _merges(spec)
-    rank: dict[str, int] = {}
-    last = ""
-    for number, (left, right) in enumerate(merges):
-        if rank.setdefault(left + right, number) != number and last != left + right:
+    normal = [token for token, kind in zip(tokens, types, strict=True) if kind == NORMAL]
+    _refuse_missing_merges(set(merges), normal)
+    scores = _class_scores(merges)
+    return [scores.get(token, 0.0) for token in tokens]
+
+
+def _class_scores(merges: list[tuple[str, str]]) -> dict[str, float]:
+    """Minus the rank of the first merge that builds a token.
+
+    Tokens whose merges are interleaved share a score, which makes llama.cpp merge the leftmost first. Runs
+    of one character are such tokens (spaces in Llama 2), and for them that is what the merges do, too.
+    """
+    first: dict[str, int] = {}
+    last: dict[str, int] = {}
+    for rank, (left, right) in enumerate(merges):
+        first.setdefault(left + right, rank)
+        last[left + right] = rank
+    scores: dict[str, float] = {}
+    begin, end, opener = 0, -1, ""
+    for token, rank in first.items():
+        if rank > end:
+            begin, end, opener = rank, last[token], token
+        elif set(token) != set(opener) or len(set(token)) > 1:
             raise ExportError(
                 "llama.cpp would tokenize differently: it has one score a token, but the merges that build "
-                f"{left + right!r} have ranks {rank[left + right]} and {number}, with others between"
+                f"{opener!r} and {token!r} are interleaved"
             )
-        last = left + right
-    _refuse_missing_merges(
-        set(merges), [token for token, kind in zip(tokens, types, strict=True) if kind == NORMAL]
-    )
-    return [-float(rank.get(token, 0)) for token in tokens]
+        end = max(end, last[token])
+        scores[token] = -float(begin)
+    return scores
 
 
 def _refuse_missing_merges(merges: set[tuple[str, str]], normal: list[str]) -> None:
@@ -161,7 +176,11 @@ def _refuse_missing_merges(merges: set[tuple[str, str]], normal: list[str]) -> N
 
 
 def _space_prefix(spec: Spec) -> bool:
-    """Whether a space is put before the text; all that llama.cpp lets a file say about normalization."""
+    """Whether a space is put before the text; all that llama.cpp lets a file say about normalization.
+
+    llama.cpp puts it after every special token as well, and before a text that begins with a space. Of the
+    ways that transformers has, ``Prepend`` does the same, and ``Metaspace`` differs in these two places.
+    """
     steps = [*_flat(spec.get("normalizer")), *_flat(spec.get("pre_tokenizer"))]
     prefix = False
     for step in steps:

@@ -66,7 +66,9 @@ def evaluate(
     artifact = find_artifact(candidate)
     models = [open_checkpoint(_model(reference)), open_checkpoint(_model(candidate))]
     engines = [reference_engine or default_engine(models[0]), engine or default_engine(models[1])]
-    source = load_text(text)
+    source = load_text(text, "evaluation")
+    if artifact and artifact.manifest.calibration == source.hash:
+        raise UsageError(f"{source.name} is what the model was calibrated on; evaluate on another text")
     cut = source.windows(models[0].tokenizer(), window, windows)
     samples = _fidelity(models, engines, cut, progress)
     protocol = f"windows of {window} tokens, not overlapping"

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from poise.calibration.second_moment import SecondMoments
+from poise.calibration.text import Text, load_text
 from poise.checkpoints import open_checkpoint
 from poise.core.artifact import CARD, Artifact, Manifest, list_files, write_atomically, write_manifest
 from poise.core.checkpoint import Checkpoint
@@ -21,7 +23,7 @@ from poise.core.linear import Linear
 from poise.core.plan import Plan, PlanRow, Recipe
 from poise.core.registry import build, get, name_of, names
 from poise.core.run import Run, commit, peak_memory, versions
-from poise.core.solver import SLAB
+from poise.core.solver import SLAB, Stats
 from poise.pipeline.workspace import Workspace, explain_full_disk
 from poise.planning.planner import check_plan, make_plan
 from poise.planning.recipe import load_recipe
@@ -31,6 +33,9 @@ COPY_RATE = 150e6
 """Source bytes a second that reading, writing and reading back take together, beside the solving."""
 SHARD = 500_000_000
 """Bytes an exporter may hold before it writes."""
+
+CALIBRATION_WINDOW = 256
+"""Tokens of a window of calibration text."""
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total) while work goes on."""
@@ -76,6 +81,7 @@ def quantize(
     out: str | Path = "quantized",
     *,
     to: str | Sequence[str] = "gguf",
+    calibration: str | Path | None = None,
     force: bool = False,
     resume: bool = False,
     progress: Progress = silent,
@@ -87,6 +93,8 @@ def quantize(
         recipe: name of a shipped recipe, a YAML file, a ``plan.json``, or one of these as an object.
         out: folder to make; with several exporters, one folder a name inside it.
         to: exporters.
+        calibration: UTF-8 text that the original reads, to learn which inputs of each layer matter; None for
+            the short text that comes with Poise. Only read if a planned solver uses statistics.
         force: replace what is at ``out`` and any unfinished run.
         resume: continue an unfinished run at the first matrix that is not done.
 
@@ -96,21 +104,24 @@ def quantize(
     Raises:
         PoiseError: see its subclasses; what was finished is kept for ``resume``.
     """
-    run = Run(command=_command(model, recipe, to), inputs={})
+    run = Run(command=_command(model, recipe, to, calibration), inputs={})
+    text = load_text(calibration, "calibration")
     checkpoint = open_checkpoint(model)
     jobs = _jobs(checkpoint, recipe, Path(out), to)
     _check_disk(checkpoint, jobs)
     run.inputs["source"] = checkpoint.fingerprint()
+    run.inputs["calibration"] = text.hash
     artifacts = []
     for job in jobs:
-        key = {"source": run.inputs["source"], "plan": job.plan.hash, "poise": versions()["poise"]}
+        key = {"source": run.inputs["source"], "plan": job.plan.hash, "calibration": text.hash, "poise": versions()["poise"]}
         job.out.parent.mkdir(parents=True, exist_ok=True)
         if resume and job.out.exists() and (done := _finished(job, key)):
             artifacts.append(done)
             continue
         workspace = Workspace(job.out, key, resume=resume, force=force)
         with explain_full_disk(job.out.parent, f"free some and --resume: finished matrices are in {workspace.path}"):
-            _solve(checkpoint, job.plan, workspace, progress)
+            stats = _calibrate(checkpoint, job.plan, text, workspace, progress)
+            _solve(checkpoint, job.plan, stats, workspace, progress)
             artifacts.append(_assemble(checkpoint, job, workspace, run, progress))
     return artifacts
 
@@ -123,12 +134,15 @@ def dry_run(
     return [_estimate(checkpoint, job) for job in _jobs(checkpoint, recipe, Path(out), to)]
 
 
-def _command(model: str | Path, recipe: str | Path | Recipe | Plan, to: str | Sequence[str]) -> str:
+def _command(
+    model: str | Path, recipe: str | Path | Recipe | Plan, to: str | Sequence[str], calibration: str | Path | None
+) -> str:
     """The command line of a run, without what does not change its result."""
     wish = recipe if isinstance(recipe, str) else recipe.name if isinstance(recipe, Recipe | Path) else "plan.json"
     source = Path(model).name if Path(model).exists() else model
     exporters = [to] if isinstance(to, str) else to
-    return " ".join(["poise quantize", str(source), f"--recipe {wish}", *(f"--to {name}" for name in exporters)])
+    parts = ["poise quantize", str(source), f"--recipe {wish}", *(f"--to {name}" for name in exporters)]
+    return " ".join(parts + ([f"--calibration {Path(calibration).name}"] if calibration else []))
 
 
 def _jobs(
@@ -208,7 +222,34 @@ def _finished(job: _Job, key: dict[str, str]) -> Artifact | None:
     return None
 
 
-def _solve(checkpoint: Checkpoint, plan: Plan, workspace: Workspace, progress: Progress) -> None:
+def _calibrate(
+    checkpoint: Checkpoint, plan: Plan, text: Text, workspace: Workspace, progress: Progress
+) -> dict[str, Stats]:
+    """Statistics of every input group, if a planned solver uses them. The whole model is in memory for this."""
+    if not _wants_stats(plan):
+        return {}
+    if (known := workspace.load_stats()) is not None:
+        return known
+    windows = text.windows(checkpoint.tokenizer(), CALIBRATION_WINDOW)
+    dtype = "float32" if checkpoint.dtype == torch.float32 else "bfloat16"
+    groups = {linear.input_group for linear in checkpoint.linears()}
+    with get("engine", "torch")(dtype=dtype) as engine:
+        engine.load(checkpoint)
+        with SecondMoments(engine.model, groups) as moments:
+            for number, window in enumerate(windows, 1):
+                engine.logits(window)
+                progress("calibrate", number, len(windows))
+    workspace.store_stats(moments.stats(text.hash))
+    return workspace.load_stats() or {}
+
+
+def _wants_stats(plan: Plan) -> bool:
+    return any(build("solver", str(row.solver)).uses_stats for row in plan.quantized)
+
+
+def _solve(
+    checkpoint: Checkpoint, plan: Plan, stats: dict[str, Stats], workspace: Workspace, progress: Progress
+) -> None:
     """Codes of every planned matrix that has none yet."""
     linears = {linear.name: linear for linear in checkpoint.linears()}
     total = sum(row.rows * row.columns for row in plan.quantized)
@@ -217,7 +258,8 @@ def _solve(checkpoint: Checkpoint, plan: Plan, workspace: Workspace, progress: P
         if not workspace.has(row):
             weight = checkpoint.read_matrix(linears[row.name])
             solver, format = build("solver", str(row.solver)), build("format", str(row.format))
-            workspace.store(row, solver.solve(weight, format, name=row.name))
+            known = stats.get(linears[row.name].input_group)
+            workspace.store(row, solver.solve(weight, format, known, name=row.name))
         done += row.rows * row.columns
         progress(f"quantize {row.name}", done, total)
 
@@ -292,6 +334,7 @@ def _manifest(checkpoint: Checkpoint, exported: Checkpoint, job: _Job, run: Run,
         exporter=job.plan.exporter,
         model=model,
         plan_hash=job.plan.hash,
+        calibration=run.inputs["calibration"] if _wants_stats(job.plan) else None,
         gates=job.gates,
         weights=weights,
         weight_bytes=exported.total_bytes,

@@ -14,12 +14,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from poise.core.errors import PoiseError, UsageError
 from poise.core.format import QTensor
 from poise.core.plan import PlanRow
 from poise.core.registry import build
+from poise.core.solver import Stats
 
 
 class Workspace:
@@ -74,6 +76,29 @@ class Workspace:
 
     def load(self, row: PlanRow) -> QTensor:
         return QTensor.unpack(load_file(self._file(row)), build("format", str(row.format)), row.columns)
+
+    def store_stats(self, stats: dict[str, Stats]) -> None:
+        """Keeps the statistics of the calibration, so that a resumed run solves with the very same."""
+        unfinished = self._stats_file.with_suffix(".new")
+        facts = {path: [item.n_tokens, item.data_hash] for path, item in stats.items()}
+        moments = {path: item.second_moment for path, item in stats.items()}
+        save_file(moments, unfinished, {"facts": json.dumps(facts)})
+        os.replace(unfinished, self._stats_file)
+
+    def load_stats(self) -> dict[str, Stats] | None:
+        """What ``store_stats`` kept, or None."""
+        if not self._stats_file.exists():
+            return None
+        with safe_open(self._stats_file, "pt") as file:
+            facts = json.loads(file.metadata()["facts"])
+            return {
+                path: Stats(second_moment=file.get_tensor(path), n_tokens=n_tokens, data_hash=data_hash)
+                for path, (n_tokens, data_hash) in facts.items()
+            }
+
+    @property
+    def _stats_file(self) -> Path:
+        return self.path / "stats.safetensors"
 
     def _file(self, row: PlanRow) -> Path:
         """One file for what determines the codes, so that exporters with the same wish share it."""

@@ -7,6 +7,7 @@ as in Lloyd's algorithm. The best try of each group is kept, so the error is nev
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ class Search(Solver):
         narrowest: smallest width, as a fraction of the full range.
         polish: rounds of (least-squares scale, nearest codes) for each width.
     """
+
+    uses_stats: ClassVar[bool] = True
 
     tries: int = 12
     narrowest: float = 0.6
