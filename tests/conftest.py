@@ -20,7 +20,15 @@ BASE = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 320, "n_positions": 128, "bos_token_id": 1, "eos_token_id": 2}
+GPT2 = {
+    "n_embd": 64,
+    "n_layer": 2,
+    "n_head": 4,
+    "vocab_size": 320,
+    "n_positions": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 OPT = {
     "hidden_size": 64,
     "ffn_dim": 128,
@@ -30,13 +38,13 @@ OPT = {
     "max_position_embeddings": 128,
     "word_embed_proj_dim": 64,
 }
-MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+MOE = {"norm_topk_prob": True, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 ARCHITECTURES = {
     "llama": BASE,
     "llama-tied": {**BASE, "tie_word_embeddings": True},
     "mistral": BASE,
     "qwen3": {**BASE, "head_dim": 16},
-    "gemma3_text": {**BASE, "head_dim": 16},
+    "gemma3_text": {**BASE, "head_dim": 16, "query_pre_attn_scalar": 16},
     "phi3": BASE,
     "gpt2": GPT2,
     "opt": OPT,
@@ -76,9 +84,15 @@ def build_tokenizer():
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<pad>", "<s>", "</s>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator(["the cat sat on the mat and then the other cat sat there too"] * 20, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(
+        ["the cat sat on the mat and then the other cat sat there too"] * 20, trainer
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
 
 
 @pytest.fixture(scope="session")

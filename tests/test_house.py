@@ -22,7 +22,9 @@ def imported(path: Path) -> set[str]:
     return {module.split(".")[1] for module in modules if module.startswith("poise.")}
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if p.parent != SOURCE], ids=lambda p: str(p.relative_to(SOURCE)))
+@pytest.mark.parametrize(
+    "path", [p for p in FILES if p.parent != SOURCE], ids=lambda p: str(p.relative_to(SOURCE))
+)
 def test_imports_go_one_way(path):
     folder = path.relative_to(SOURCE).parts[0]
     allowed = BELOW.get(folder, {"core", "layouts"}) | {folder}

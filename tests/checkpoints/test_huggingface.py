@@ -76,7 +76,9 @@ def claim_a_huge_header(path):
     path.write_bytes(struct.pack("<Q", 1 << 60) + path.read_bytes()[8:])
 
 
-@pytest.mark.parametrize("damage", [truncate, lie_about_sizes, claim_a_huge_header, lambda p: p.write_bytes(b"")])
+@pytest.mark.parametrize(
+    "damage", [truncate, lie_about_sizes, claim_a_huge_header, lambda p: p.write_bytes(b"")]
+)
 def test_damaged_files_are_named(llama, copy_of, damage):
     folder = copy_of(llama)
     damage(folder / "model.safetensors")
@@ -92,7 +94,9 @@ def test_a_missing_shard_is_named(llama, copy_of):
         open_checkpoint(folder)
 
 
-@pytest.mark.parametrize("target", ["../secret.safetensors", "/etc/secret.safetensors", "sub/../../x.safetensors"])
+@pytest.mark.parametrize(
+    "target", ["../secret.safetensors", "/etc/secret.safetensors", "sub/../../x.safetensors"]
+)
 def test_an_index_may_not_leave_its_folder(llama, copy_of, target):
     folder = copy_of(llama)
     index = shard(folder)
@@ -136,7 +140,10 @@ def test_models_of_other_quantizers_are_refused(llama, copy_of):
         open_checkpoint(folder)
 
 
-@pytest.mark.parametrize("source", ["nowhere", "./nowhere/model", "/nowhere/at/all", "some-org/no-such-model", "hf://some-org/none@main"])
+@pytest.mark.parametrize(
+    "source",
+    ["nowhere", "./nowhere/model", "/nowhere/at/all", "some-org/no-such-model", "hf://some-org/none@main"],
+)
 def test_what_is_not_there_is_said(source):
     with pytest.raises(CheckpointError, match="no such folder"):
         open_checkpoint(source)

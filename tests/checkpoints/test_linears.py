@@ -17,7 +17,14 @@ EXPECTED = {
     "mistral": {"embedding": 1, **SEPARATE, **GATED, "head": 1},
     "qwen3": {"embedding": 1, **SEPARATE, **GATED, "head": 1},
     "gemma3_text": {"embedding": 1, **SEPARATE, **GATED},
-    "phi3": {"embedding": 1, "attention.qkv": 2, "attention.o": 2, "ffn.gate_up": 2, "ffn.down": 2, "head": 1},
+    "phi3": {
+        "embedding": 1,
+        "attention.qkv": 2,
+        "attention.o": 2,
+        "ffn.gate_up": 2,
+        "ffn.down": 2,
+        "head": 1,
+    },
     "gpt2": {"embedding": 1, "attention.qkv": 2, "attention.o": 2, "ffn.up": 2, "ffn.down": 2},
     "opt": {"embedding": 1, **SEPARATE, "ffn.up": 2, "ffn.down": 2},
     "mixtral": {"embedding": 1, **SEPARATE, **EXPERTS, "head": 1},
@@ -34,7 +41,11 @@ def test_every_matrix_has_its_role(model_factory, name):
     linears = linears_of(model_factory(name))
     assert Counter(linear.role for linear in linears.values()) == EXPECTED[name]
     assert {linear.block for linear in linears.values()} == {None, 0, 1}
-    assert all(linear.tied == ("head" not in EXPECTED[name]) for linear in linears.values() if linear.role == "embedding")
+    assert all(
+        linear.tied == ("head" not in EXPECTED[name])
+        for linear in linears.values()
+        if linear.role == "embedding"
+    )
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3_text", "opt", "mixtral"])
@@ -68,7 +79,9 @@ def test_experts_stored_as_one_stack(model_factory, copy_of):
 
     folder = copy_of(model_factory("qwen3_moe"))
     model = AutoModelForCausalLM.from_pretrained(folder)
-    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, folder / "model.safetensors")
+    save_file(
+        {name: value.contiguous() for name, value in model.state_dict().items()}, folder / "model.safetensors"
+    )
     linears = linears_of(folder)
     stacked = linears["model.layers.0.mlp.experts.gate_up_proj"]
     assert (stacked.role, stacked.experts, stacked.shape) == ("expert.gate_up", 4, (4 * 64, 64))

@@ -15,7 +15,9 @@ def test_four_bit_codes_fill_words_from_the_low_end():
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("columns", [1, 7, 8, 31, 32, 33, 96, 100])
 def test_round_trip_and_the_consumers_layout(bits, columns):
-    codes = torch.randint(2**bits, (5, columns), generator=torch.Generator().manual_seed(bits), dtype=torch.uint8)
+    codes = torch.randint(
+        2**bits, (5, columns), generator=torch.Generator().manual_seed(bits), dtype=torch.uint8
+    )
     packed = pack_bits(codes, bits)
     assert packed.shape == (5, words(columns, bits))
     assert torch.equal(unpack_bits(packed, bits, columns), codes)

@@ -30,7 +30,9 @@ def test_specs_are_read(spec, parsed):
     assert parse_spec(spec) == parsed
 
 
-@pytest.mark.parametrize("spec", ["int(4)", "int(bits=", "int(bits=open('x'))", "int(bits=4) or 1", "int(**{})"])
+@pytest.mark.parametrize(
+    "spec", ["int(4)", "int(bits=", "int(bits=open('x'))", "int(bits=4) or 1", "int(**{})"]
+)
 def test_specs_are_literals_only(spec):
     with pytest.raises(UsageError, match="cannot read"):
         parse_spec(spec)

@@ -54,10 +54,15 @@ MODELS = {
     "mistral": ("mistral", {"sliding_window": None}),
     "mixtral": ("mixtral", {}),
     "qwen2": ("qwen2", {}),
+    "qwen2-linear-rope": ("qwen2", {"rope_parameters": LINEAR}),
     "qwen2-yarn": ("qwen2", {"rope_parameters": YARN}),
     "qwen3": ("qwen3", {}),
+    "qwen3-yarn": ("qwen3", {"rope_parameters": YARN}),
     "qwen3-tied": ("qwen3", {"tie_word_embeddings": True}),
+    "qwen3-linear-rope": ("qwen3", {"rope_parameters": LINEAR}),
     "qwen3moe": ("qwen3_moe", {"norm_topk_prob": True}),
+    "qwen3moe-linear-rope": ("qwen3_moe", {"norm_topk_prob": True, "rope_parameters": LINEAR}),
+    "qwen3moe-yarn": ("qwen3_moe", {"norm_topk_prob": True, "rope_parameters": YARN}),
     "gemma3": ("gemma3_text", GEMMA),
     "gemma3-window": (
         "gemma3_text",
@@ -323,9 +328,11 @@ def test_what_llama_cpp_would_compute_differently_is_refused(model_factory, copy
         Gguf().check(HuggingFaceCheckpoint(folder, str(folder)))
 
 
-def test_context_ends_with_the_window_where_llama_cpp_has_none(tmp_path):
-    written = export(build(tmp_path / "model", "mistral", sliding_window=64), tmp_path / "out")
-    assert written.gguf_metadata["llama.context_length"].value == 64
+@pytest.mark.parametrize(("kind", "arch"), [("mistral", "llama"), ("phi3", "phi3")])
+def test_context_ends_with_the_window_where_llama_cpp_has_none(tmp_path, kind, arch):
+    written = export(build(tmp_path / "model", kind, sliding_window=64), tmp_path / "out")
+    assert written.gguf_metadata[f"{arch}.context_length"].value == 64
+    assert kind != "phi3" or written.config["sliding_window"] == 64
 
 
 def test_a_value_that_float16_cannot_hold_is_refused(tmp_path):

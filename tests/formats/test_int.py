@@ -87,7 +87,9 @@ def test_scaling_by_a_power_of_two_scales_the_result(grid):
     assert torch.equal(first.decode() * 4, second.decode())
 
 
-@pytest.mark.parametrize("grid", [g for g in GRIDS if g.group != "tensor" and g.scale == "float16"], ids=spec_of)
+@pytest.mark.parametrize(
+    "grid", [g for g in GRIDS if g.group != "tensor" and g.scale == "float16"], ids=spec_of
+)
 def test_rows_do_not_influence_each_other(grid):
     weight = torch.randn(16, 96, generator=torch.Generator().manual_seed(4))
     order = torch.randperm(16, generator=torch.Generator().manual_seed(5))
@@ -99,7 +101,9 @@ def test_more_bits_or_smaller_groups_mean_less_error(symmetric):
     weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(6))
     by_bits = [relative_error(weight, Int(bits=b, group=64, symmetric=symmetric)) for b in range(2, 9)]
     assert by_bits == sorted(by_bits, reverse=True)
-    by_group = [relative_error(weight, Int(bits=4, group=g, symmetric=symmetric)) for g in (16, 32, 64, 128, 256)]
+    by_group = [
+        relative_error(weight, Int(bits=4, group=g, symmetric=symmetric)) for g in (16, 32, 64, 128, 256)
+    ]
     assert by_group == sorted(by_group)
 
 
@@ -146,13 +150,23 @@ def test_weights_that_are_not_finite_are_refused_by_name(bad, solver):
 
 def test_a_scale_that_overflows_says_what_to_use():
     with pytest.raises(FormatError, match=r"w: .*float16.*use scale='bfloat16'"):
-        build("solver", "rtn").solve(torch.full((2, 32), 3.0e38), Int(bits=2, group=32, scale="float16"), name="w")
+        build("solver", "rtn").solve(
+            torch.full((2, 32), 3.0e38), Int(bits=2, group=32, scale="float16"), name="w"
+        )
 
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"bits": 0}, {"bits": 9}, {"group": 8}, {"group": 512}, {"group": "row"}, {"zero": "half"}, {"scale": "int8"},
-     {"symmetric": True, "zero": "minimum"}],
+    [
+        {"bits": 0},
+        {"bits": 9},
+        {"group": 8},
+        {"group": 512},
+        {"group": "row"},
+        {"zero": "half"},
+        {"scale": "int8"},
+        {"symmetric": True, "zero": "minimum"},
+    ],
 )
 def test_nonsense_is_refused_when_built(arguments):
     with pytest.raises(UsageError):
@@ -161,7 +175,12 @@ def test_nonsense_is_refused_when_built(arguments):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.integers(1, 8), st.integers(1, 5), st.integers(1, 70), st.booleans(), st.integers(0, 2**31), st.floats(1e-6, 1e4)
+    st.integers(1, 8),
+    st.integers(1, 5),
+    st.integers(1, 70),
+    st.booleans(),
+    st.integers(0, 2**31),
+    st.floats(1e-6, 1e4),
 )
 def test_error_is_at_most_half_a_step_inside_the_range(bits, rows, columns, symmetric, seed, size):
     weight = size * torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))

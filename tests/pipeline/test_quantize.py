@@ -1,11 +1,11 @@
 """The main job: deterministic, resumable at any point, and nothing half-done is left as an output."""
 
-import os
 import random
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +20,9 @@ from poise.core.registry import names
 
 
 def contents(folder):
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
 
 
 @pytest.mark.parametrize("exporter", names("exporter"))
@@ -30,10 +32,14 @@ def test_shipped_recipes_make_whole_artifacts(llama, tmp_path, exporter, recipe)
     again = Artifact.open(tmp_path / "out")
     assert again.manifest == artifact.manifest
     assert again.damaged() == []
-    assert {row.name for row in again.plan.rows} == {linear.name for linear in open_checkpoint(llama).linears()}
+    assert {row.name for row in again.plan.rows} == {
+        linear.name for linear in open_checkpoint(llama).linears()
+    }
     assert not (tmp_path / "out.partial").exists()
     stored = open_checkpoint(artifact.model)
-    assert artifact.manifest.bits_per_weight == pytest.approx(8 * stored.total_bytes / artifact.manifest.weights)
+    assert artifact.manifest.bits_per_weight == pytest.approx(
+        8 * stored.total_bytes / artifact.manifest.weights
+    )
     assert "base_model_relation: quantized" in (tmp_path / "out" / "README.md").read_text()
 
 
@@ -105,15 +111,23 @@ def test_a_resumed_run_does_not_solve_again(llama, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
     first = list(solved)
     solved.clear()
-    monkeypatch.setattr(Solver, "solve", lambda self, *a, name, **k: (solved.append(name), whole(self, *a, name=name, **k))[1])
+    monkeypatch.setattr(
+        Solver, "solve", lambda self, *a, name, **k: (solved.append(name), whole(self, *a, name=name, **k))[1]
+    )
     poise.quantize(llama, "mobile", tmp_path / "out", resume=True)
     assert not set(first) & set(solved)
 
 
 def test_ctrl_c_ends_with_130_and_says_how_to_go_on(llama, tmp_path):
-    code = KILLED.replace('poise.quantize(sys.argv[1]', 'from poise.cli import main; sys.argv[1:] = ["quantize", sys.argv[1], "-o", sys.argv[2]]; main()\n#')
+    code = KILLED.replace(
+        "poise.quantize(sys.argv[1]",
+        'from poise.cli import main; sys.argv[1:] = ["quantize", sys.argv[1], "-o", sys.argv[2]]; main()\n#',
+    )
     process = subprocess.Popen(
-        [sys.executable, "-c", code, str(llama), str(tmp_path / "out"), "gguf"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", code, str(llama), str(tmp_path / "out"), "gguf"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     process.stdout.readline()
     deadline = time.time() + 60
@@ -144,7 +158,7 @@ def test_an_unfinished_run_asks_what_to_do(llama, tmp_path):
     (tmp_path / "out.partial" / "key.json").write_text('{"plan": "another"}')
     with pytest.raises(UsageError, match="unfinished run: --resume continues"):
         poise.quantize(llama, "mobile", tmp_path / "out")
-    with pytest.raises(UsageError, match=r"of another run \(plan, poise, source changed\)"):
+    with pytest.raises(UsageError, match=r"of another run \(calibration, plan, poise, source changed\)"):
         poise.quantize(llama, "mobile", tmp_path / "out", resume=True)
     poise.quantize(llama, "mobile", tmp_path / "out", force=True)
 
@@ -170,7 +184,7 @@ def test_a_full_disk_is_told_before_and_during(llama, tmp_path, monkeypatch):
     poise.quantize(llama, "mobile", tmp_path / "out", resume=True)
 
 
-@pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="needs a small file system")
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="needs a small file system")
 def test_a_file_size_limit_stops_the_run_without_an_output(llama, tmp_path):
     """The kernel itself refuses to write: what is left is resumable, not an artifact."""
     code = (
@@ -179,7 +193,9 @@ def test_a_file_size_limit_stops_the_run_without_an_output(llama, tmp_path):
         "resource.setrlimit(resource.RLIMIT_FSIZE, (30000, 30000))\n"
         "poise.quantize(sys.argv[1], 'original', sys.argv[2], to='compressed-tensors')\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(llama), str(tmp_path / "out")], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(llama), str(tmp_path / "out")], capture_output=True, text=True
+    )
     assert done.returncode != 0
     assert not (tmp_path / "out").exists()
 
@@ -236,8 +252,14 @@ def test_dry_run_does_nothing_and_predicts_the_size(llama, tmp_path):
     assert estimate.plan == artifact.plan
 
 
-FORMATS = ["int(bits=4, group=32)", "int(bits=8, group=32)", "int(bits=3, group=16, symmetric=False)",
-           "int(bits=4, group=32, symmetric=False, zero='minimum')", "int(bits=8, group='channel')", "float(dtype='bfloat16')"]
+FORMATS = [
+    "int(bits=4, group=32)",
+    "int(bits=8, group=32)",
+    "int(bits=3, group=16, symmetric=False)",
+    "int(bits=4, group=32, symmetric=False, zero='minimum')",
+    "int(bits=8, group='channel')",
+    "float(dtype='bfloat16')",
+]
 
 
 @pytest.mark.parametrize("exporter", names("exporter"))
@@ -245,7 +267,9 @@ FORMATS = ["int(bits=4, group=32)", "int(bits=8, group=32)", "int(bits=3, group=
 @pytest.mark.parametrize("format", FORMATS)
 def test_every_format_solver_and_exporter_work_together(llama, tmp_path, format, solver, exporter):
     """Either the exporter refuses with a reason, or what it wrote decodes to what was meant."""
-    recipe = Recipe(name="t", description="", rules=(Rule(role="ffn.*", options=(Option(format=format),), solver=solver),))
+    recipe = Recipe(
+        name="t", description="", rules=(Rule(role="ffn.*", options=(Option(format=format),), solver=solver),)
+    )
     (artifact,) = poise.quantize(llama, recipe, tmp_path / "out", to=exporter)
     rows = [row for row in artifact.plan.rows if row.role.startswith("ffn")]
     assert all((row.kept and len(row.reason) > 10) or row.solver == solver for row in rows)

@@ -9,7 +9,9 @@ from poise.planning.planner import check_plan, make_plan
 
 
 def linear(name, role, **more):
-    return Linear(**{"name": name, "role": role, "rows": 64, "columns": 96, "block": 0, "input_group": name, **more})
+    return Linear(
+        **{"name": name, "role": role, "rows": 64, "columns": 96, "block": 0, "input_group": name, **more}
+    )
 
 
 LINEARS = [
@@ -71,9 +73,11 @@ def test_a_rule_without_options_keeps():
     assert made.row("router").reason == "the recipe keeps it"
 
 
-@pytest.mark.parametrize("dead", [Rule(role="expert.*", options=(INT4,)), Rule(name="nothing.*", options=(INT4,))])
+@pytest.mark.parametrize(
+    "dead", [Rule(role="expert.*", options=(INT4,)), Rule(name="nothing.*", options=(INT4,))]
+)
 def test_a_rule_that_matches_nothing_is_an_error_unless_optional(dead):
-    with pytest.raises(UsageError, match="rule 1 .* matches nothing"):
+    with pytest.raises(UsageError, match=r"rule 1 .* matches nothing"):
         plan(dead, Rule(options=(INT4,)))
     plan(Rule(role=dead.role, name=dead.name, options=dead.options, optional=True), Rule(options=(INT4,)))
 
@@ -84,13 +88,18 @@ def test_a_rule_behind_one_that_takes_all_is_an_error():
 
 
 def test_plans_survive_json_and_hash_their_contents():
-    made = plan(Rule(role="router", options=()), Rule(options=(Option(format="int(bits=4, group=32)", activations=8),)))
+    made = plan(
+        Rule(role="router", options=()),
+        Rule(options=(Option(format="int(bits=4, group=32)", activations=8),)),
+    )
     again = Plan.from_json(made.to_json())
     assert again == made
     assert again.hash == made.hash != plan(Rule(options=(INT8,))).hash
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema_version": 99, "rows": []}', '{"schema_version": 1, "rows": [{}]}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"schema_version": 99, "rows": []}', '{"schema_version": 1, "rows": [{}]}']
+)
 def test_what_is_not_a_plan_is_refused(text):
     with pytest.raises(ValueError, match=r"."):
         Plan.from_json(text)
@@ -101,5 +110,5 @@ def test_a_plan_must_fit_model_and_exporter():
     check_plan(made, LINEARS, lambda *_: None)
     with pytest.raises(UsageError, match="router is only in the plan"):
         check_plan(made, LINEARS[:3], lambda *_: None)
-    with pytest.raises(UsageError, match="embed: the plan asks for .*but no 4 bits here"):
+    with pytest.raises(UsageError, match=r"embed: the plan asks for .*but no 4 bits here"):
         check_plan(made, LINEARS, refuse_four_bits)

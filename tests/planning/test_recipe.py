@@ -18,8 +18,14 @@ def test_shipped_recipes_load():
     ("text", "message"),
     [
         ("description: x\nrules: []\ncolour: red", "colour.*unknown key"),
-        ("description: x\nrules: [{role: head, optoins: ['int(bits=4, group=32)']}]", "rules.0.optoins.*did you mean 'options'"),
-        ("description: x\nrules: [{options: [{format: float, activation: 8}]}]", "did you mean 'activations'"),
+        (
+            "description: x\nrules: [{role: head, optoins: ['int(bits=4, group=32)']}]",
+            "rules.0.optoins.*did you mean 'options'",
+        ),
+        (
+            "description: x\nrules: [{options: [{format: float, activation: 8}]}]",
+            "did you mean 'activations'",
+        ),
         ("description: x\nrules: [{options: ['int(bits=12, group=32)']}]", "rule 1: .*1 to 8 bits"),
         ("description: x\nrules: [{options: [nf5]}]", "no format named 'nf5'"),
         ("description: x\nrules: [{options: [float], solver: magic}]", "no solver named 'magic'"),

@@ -20,7 +20,9 @@ GRIDS = [
 def weights(rows=64, columns=256):
     """Heavy tails: a few outliers in every row."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(rows, columns, generator=generator) / torch.rand(rows, columns, generator=generator).clamp(0.05)
+    return torch.randn(rows, columns, generator=generator) / torch.rand(
+        rows, columns, generator=generator
+    ).clamp(0.05)
 
 
 def stats(importance):
@@ -53,6 +55,7 @@ def test_importance_moves_error_away_from_what_matters():
         build("solver", "search").solve(weight, build("format", spec), given).decode()
         for given in (None, stats(importance))
     )
+
     def error(decoded):
         return (decoded - weight).square()[:, ::64].sum()
 
@@ -71,7 +74,9 @@ def test_uniform_importance_changes_nothing():
 def test_the_best_scale_of_a_two_level_grid_is_found():
     """One group, codes -1 and 0 times a scale: least squares over the negative half, by hand."""
     weight = torch.tensor([[-1.0] * 8 + [0.1] * 8])
-    solved = build("solver", "search").solve(weight, build("format", "int(bits=1, group=16, scale='float32')"))
+    solved = build("solver", "search").solve(
+        weight, build("format", "int(bits=1, group=16, scale='float32')")
+    )
     assert torch.allclose(solved.decode(), torch.tensor([[-1.0] * 8 + [0.0] * 8]))
 
 
@@ -95,6 +100,8 @@ def test_statistics_of_another_layer_are_refused():
     from poise.core.errors import FormatError
 
     with pytest.raises(FormatError, match="256 columns, but statistics of 8 inputs"):
-        build("solver", "search").solve(weights(), build("format", "int(bits=4, group=32)"), stats(torch.ones(8)))
+        build("solver", "search").solve(
+            weights(), build("format", "int(bits=4, group=32)"), stats(torch.ones(8))
+        )
     with pytest.raises(ValueError, match="finite and not negative"):
         stats(torch.tensor([1.0, -1.0]))

@@ -61,6 +61,8 @@ class SecondMoments:
         for path, total in self._sums.items():
             moment = (total / self._counts[path]).float()
             if not bool(torch.isfinite(moment).all()):
-                raise PoiseError(f"{path}: its inputs are not finite on the calibration text; is the model sound?")
+                raise PoiseError(
+                    f"{path}: its inputs are not finite on the calibration text; is the model sound?"
+                )
             found[path] = Stats(second_moment=moment, n_tokens=self._counts[path], data_hash=data_hash)
         return found

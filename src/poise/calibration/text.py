@@ -37,7 +37,9 @@ class Text:
         tokens = tokenizer(self.content, add_special_tokens=False, verbose=False)["input_ids"]
         step = length - len(opening)
         if len(tokens) < 2 or step < 2:
-            raise UsageError(f"{self.name}: {len(tokens)} tokens are too few to measure anything; give a longer text")
+            raise UsageError(
+                f"{self.name}: {len(tokens)} tokens are too few to measure anything; give a longer text"
+            )
         starts = range(0, max(1, len(tokens) - step + 1), step)
         return [[*opening, *tokens[start : start + step]] for start in starts][:limit]
 

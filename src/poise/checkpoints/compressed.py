@@ -58,10 +58,11 @@ class CompressedModules:
         scheme = self._scheme(name)
         compressor = BaseCompressor.get_value_from_registry(self._format(scheme))
         stored = {part.rpartition(".")[2]: read(part) for part in self.modules[name]}
+        wanted = slice(None)
         if rows is not None:
-            stored = _some_rows(stored, scheme.weights, rows)
+            stored, wanted = _some_rows(stored, scheme.weights.num_bits, rows)
         weight: Tensor = compressor.decompress(stored, scheme)["weight"]
-        return weight
+        return weight[wanted]
 
     def activations(self) -> dict[str, int]:
         """Modules whose inputs are rounded at run time, and to how many bits."""
@@ -88,21 +89,19 @@ class CompressedModules:
         raise CheckpointError(f"{name}: stored quantized, but no config group of config.json targets it")
 
 
-def _some_rows(stored: Mapping[str, Tensor], weights: Any, rows: slice) -> dict[str, Tensor]:
-    """The tensors of a layer cut to some of its outputs, so that a large one is decoded in slabs.
+def _some_rows(stored: Mapping[str, Tensor], bits: int, rows: slice) -> tuple[dict[str, Tensor], slice]:
+    """The tensors of a layer cut to some outputs, so that a large one is decoded slab by slab.
 
-    Everything has one row an output but the shape, and packed zero points, whose words run down the rows.
+    Packed zero points run down the outputs, and 32 of them fill whole words: the cut is made there.
+
+    Returns:
+        The cut, and where in it the rows are that were asked for.
     """
-    shape = stored.get("weight_shape")
-    cut = {key: value if value.shape[0] == 1 else value[rows] for key, value in stored.items()}
-    if shape is None:
-        return cut
-    height, width = (int(n) for n in shape)
-    cut["weight_shape"] = torch.tensor([len(range(*rows.indices(height))), width])
-    if "weight_zero_point" in stored:
-        from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
-
-        original = torch.Size((height, stored["weight_scale"].shape[-1]))
-        zero = unpack_from_int32(stored["weight_zero_point"], weights.num_bits, original, packed_dim=0)
-        cut["weight_zero_point"] = pack_to_int32(zero[rows].contiguous(), weights.num_bits, packed_dim=0)
-    return cut
+    start, stop, _ = rows.indices(len(stored["weight_scale"]))
+    first, last = start // 32 * 32, min(-(-stop // 32) * 32, len(stored["weight_scale"]))
+    cut = {key: value[first:last] for key, value in stored.items()}
+    if "weight_shape" in stored:
+        cut["weight_shape"] = torch.tensor([last - first, int(stored["weight_shape"][1])])
+    if "weight_zero_point" in stored and stored["weight_zero_point"].dtype == torch.int32:
+        cut["weight_zero_point"] = stored["weight_zero_point"][first * bits // 32 : -(-last * bits // 32)]
+    return cut, slice(start - first, stop - first)

@@ -81,17 +81,30 @@ class GgufCheckpoint(Checkpoint):
         part = Entry(entry.type, slot.shape, entry.start + number * share, share)
         return slot.from_gguf(self._decode(part))
 
+    def read_rows(self, linear: Linear, rows: slice) -> Tensor:
+        """Reads and decodes the span of the file that holds these rows, and no more."""
+        slot, number = self._sources[linear.name]
+        entry = self._header.tensors[slot.name]
+        order = slot.row_order()
+        places = torch.arange(slot.rows)[rows] if order is None else torch.argsort(order)[rows]
+        first, last = int(places.min()), int(places.max())
+        share = entry.nbytes // len(slot.sources)
+        row = share // slot.rows
+        start = entry.start + number * share + first * row
+        shape = (last - first + 1, *slot.shape[1:])
+        return self._decode(Entry(entry.type, shape, start, shape[0] * row))[places - first]
+
     def linears(self) -> list[Linear]:
         from poise.checkpoints.linears import find_linears
 
         return find_linears(self.config, {name: info.shape for name, info in self.tensors().items()})
 
     def fingerprint(self) -> str:
-        stat = self.path.stat()
-        digest = hashlib.sha256(f"{stat.st_size} {stat.st_mtime_ns}".encode())
+        size = self.path.stat().st_size
+        digest = hashlib.sha256(str(size).encode())
         with open(self.path, "rb") as file:
             digest.update(file.read(self._header.length))
-            for start in (self._header.length, stat.st_size // 2, max(0, stat.st_size - SAMPLE)):
+            for start in (self._header.length, size // 2, max(0, size - SAMPLE)):
                 file.seek(start)
                 digest.update(file.read(SAMPLE))
         return digest.hexdigest()
@@ -177,12 +190,12 @@ class GgufCheckpoint(Checkpoint):
                 raise CheckpointError(f"holds {kind} blocks, which the gguf package cannot decode")
 
     def _main_dtype(self) -> torch.dtype:
-        """Float type of most bytes in matrices; float16 where most are quantized."""
+        """Float type of most bytes in matrices; bfloat16 where most are quantized: what models are trained in."""
         totals: dict[str, int] = {}
         for entry in self._header.tensors.values():
             if len(entry.shape) > 1:
                 totals[entry.type] = totals.get(entry.type, 0) + entry.nbytes
-        return DTYPES.get(max(totals, key=lambda kind: totals[kind]), torch.float16)
+        return DTYPES.get(max(totals, key=lambda kind: totals[kind]), torch.bfloat16)
 
     def _decode(self, entry: Entry) -> Tensor:
         """A tensor of the file, in memory of its own."""

@@ -7,7 +7,6 @@ are decoded by that library: this is also how Poise reads back what it exported.
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -82,7 +81,9 @@ class HuggingFaceCheckpoint(Checkpoint):
         method = (quantization or {}).get("quant_method")
         if quantization and method != "compressed-tensors":
             raise CheckpointError(f"{path}: already quantized with {method}; start from the original model")
-        self._compressed = CompressedModules(quantization, self._extents, self.skeleton) if quantization else None
+        self._compressed = (
+            CompressedModules(quantization, self._extents, self.skeleton) if quantization else None
+        )
         self.dtype = self._main_dtype()
 
     @cached_property
@@ -126,7 +127,9 @@ class HuggingFaceCheckpoint(Checkpoint):
         try:
             return AutoTokenizer.from_pretrained(self.path)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{self.path}: no usable tokenizer ({str(error).splitlines()[0]})") from error
+            raise CheckpointError(
+                f"{self.path}: no usable tokenizer ({str(error).splitlines()[0]})"
+            ) from error
 
     def activations(self) -> dict[str, int]:
         return self._compressed.activations() if self._compressed else {}
@@ -149,7 +152,9 @@ class HuggingFaceCheckpoint(Checkpoint):
             single = self.path / "model.safetensors"
             if single.is_file():
                 return [single]
-            pickles = sorted(file.name for p in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in self.path.glob(p))
+            pickles = sorted(
+                file.name for p in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in self.path.glob(p)
+            )
             if pickles:
                 raise CheckpointError(
                     f"{self.path}: only pickled weights ({pickles[0]}). Loading a pickle runs code of whoever "
@@ -159,9 +164,13 @@ class HuggingFaceCheckpoint(Checkpoint):
         for name in set(self._index.values()):
             parts = PurePosixPath(name)
             if parts.is_absolute() or ".." in parts.parts or len(parts.parts) != 1:
-                raise CheckpointError(f"{self.path}: the index points outside the folder, to {name!r}; refused")
+                raise CheckpointError(
+                    f"{self.path}: the index points outside the folder, to {name!r}; refused"
+                )
             if not (self.path / name).is_file():
-                raise CheckpointError(f"{self.path}: the index names {name}, which is missing; download it again")
+                raise CheckpointError(
+                    f"{self.path}: the index names {name}, which is missing; download it again"
+                )
         return [self.path / name for name in sorted(set(self._index.values()))]
 
     def _check_index(self) -> None:
@@ -188,7 +197,7 @@ class HuggingFaceCheckpoint(Checkpoint):
         """Bytes of a tensor, into memory of its own."""
         extent = self._extents[name]
         buffer = torch.empty(extent.nbytes, dtype=torch.uint8)
-        view = memoryview(buffer.numpy())
+        view = memoryview(buffer.numpy())  # type: ignore[arg-type]  # numpy arrays are buffers
         with open(extent.file, "rb", buffering=0) as file:
             file.seek(extent.start)
             done = 0
@@ -197,7 +206,11 @@ class HuggingFaceCheckpoint(Checkpoint):
                 if not count:
                     raise CheckpointError(f"{extent.file}: ends inside {name}; the file is truncated")
                 done += count
-        return buffer.view(extent.dtype).view(extent.shape) if extent.nbytes else torch.empty(extent.shape, dtype=extent.dtype)
+        return (
+            buffer.view(extent.dtype).view(extent.shape)
+            if extent.nbytes
+            else torch.empty(extent.shape, dtype=extent.dtype)
+        )
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -235,7 +248,7 @@ def _header(path: Path) -> dict[str, _Extent]:
 
 def _samples(path: Path) -> Iterator[bytes]:
     """Size, header and three samples of a file: cheap, and different for every different model."""
-    size = os.path.getsize(path)
+    size = path.stat().st_size
     yield str(size).encode()
     with open(path, "rb") as file:
         yield file.read(8 + int.from_bytes(file.read(8), "little"))

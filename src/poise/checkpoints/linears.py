@@ -45,7 +45,9 @@ class Skeleton:
         model_type = config.get("model_type")
         if not model_type:
             raise CheckpointError("config.json names no model_type: Poise cannot tell the architecture")
-        values = {key: value for key, value in config.items() if key not in ("model_type", "quantization_config")}
+        values = {
+            key: value for key, value in config.items() if key not in ("model_type", "quantization_config")
+        }
         try:
             self.config = AutoConfig.for_model(model_type, **values)
             with torch.device("meta"):
@@ -79,7 +81,11 @@ class Skeleton:
         parameter, pattern = rename_source_key(
             name, renamings, converters, self.model.base_model_prefix, self.model.state_dict()
         )
-        number = re.search(r"\.(\d+)\.[^.]+(\.weight)?$", name) if parameter not in self.parameters or pattern else None
+        number = (
+            re.search(r"\.(\d+)\.[^.]+(\.weight)?$", name)
+            if parameter not in self.parameters or pattern
+            else None
+        )
         if pattern is None or number is None or "*" not in pattern:
             return _Place(parameter, None, "")
         rule = next(rule for rule in converters if pattern in rule.source_patterns)
@@ -89,9 +95,10 @@ class Skeleton:
 
     def module_of(self, parameter: str) -> nn.Module | None:
         try:
-            return self.model.get_submodule(parameter.rpartition(".")[0])
+            module: nn.Module = self.model.get_submodule(parameter.rpartition(".")[0])
         except AttributeError:
             return None
+        return module
 
     @cached_property
     def head(self) -> str | None:
@@ -115,7 +122,9 @@ class Skeleton:
     def blocks(self) -> str | None:
         """Path of the list of decoder blocks: the outermost one with an entry for every layer."""
         count = getattr(self.config.get_text_config(), "num_hidden_layers", 0)
-        lists = [name for name, m in self.model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+        lists = [
+            name for name, m in self.model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count
+        ]
         return min(lists, key=len, default=None)
 
     def block_of(self, parameter: str) -> int | None:
@@ -129,7 +138,7 @@ class Skeleton:
         handles = []
         for name, module in self.model.named_modules():
             if _is_experts(module):
-                module.forward = _keep_shape  # type: ignore[method-assign]  # routing needs real numbers
+                module.forward = _keep_shape  # routing needs real numbers
             if _is_linear(module) or _is_experts(module):
                 handles.append(module.register_forward_pre_hook(_recorder(order, name), with_kwargs=True))
         try:
@@ -178,7 +187,9 @@ def linears_of(skeleton: Skeleton, shapes: Shapes) -> list[Linear]:
         if linear is not None:
             found.append(linear)
     position = {name: index for index, name in enumerate(skeleton.parameters)}
-    return sorted(found, key=lambda item: (position[skeleton.place(item.name).parameter], _numbers(item.name)))
+    return sorted(
+        found, key=lambda item: (position[skeleton.place(item.name).parameter], _numbers(item.name))
+    )
 
 
 def _numbers(name: str) -> list[int]:
@@ -272,7 +283,7 @@ def _attention_of(skeleton: Skeleton, path: str) -> str | None:
 def _attention_role(skeleton: Skeleton, attention: str, path: str) -> str:
     inside = [name for name in skeleton.inputs if name.startswith(attention + ".")]
     leaf = path.rpartition(".")[2].lower()
-    if inside and path == inside[-1] and len(inside) > 1 or leaf.startswith(("o_", "out", "dense")):
+    if (inside and path == inside[-1] and len(inside) > 1) or leaf.startswith(("o_", "out", "dense")):
         return "attention.o"
     if re.match(r"w?qkv|c_attn|kv|query_key_value|in_proj", leaf) or len(inside) == 2:
         return "attention.qkv"
@@ -288,7 +299,9 @@ def _ffn_role(skeleton: Skeleton, path: str, rows: int) -> str:
     siblings = [
         name
         for name in skeleton.inputs
-        if name.startswith(prefix + ".") and name.rpartition(".")[0] == parent and not _beside_experts_leaf(skeleton, name)
+        if name.startswith(prefix + ".")
+        and name.rpartition(".")[0] == parent
+        and not _beside_experts_leaf(skeleton, name)
     ]
     together = [name for name in siblings if skeleton.inputs[name] == skeleton.inputs.get(path)]
     if siblings and path == siblings[-1] and len(together) == 1 and len(siblings) > 1:

@@ -8,8 +8,12 @@ from poise.cli import terminal
 
 
 def run(
-    models: Annotated[list[str], typer.Argument(help="artifacts, folders, .gguf files or hub ids; ratios to the first")],
-    engine: Annotated[list[str] | None, typer.Option(help="one engine a model, in order; default: by kind")] = None,
+    models: Annotated[
+        list[str], typer.Argument(help="artifacts, folders, .gguf files or hub ids; ratios to the first")
+    ],
+    engine: Annotated[
+        list[str] | None, typer.Option(help="one engine a model, in order; default: by kind")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Measure size, memory and speed. The models take turns, so that a noisy machine is fair to all.

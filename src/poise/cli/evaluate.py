@@ -16,10 +16,14 @@ def run(
     text: Annotated[Path | None, typer.Option(help="UTF-8 text to read; default: a short sample")] = None,
     window: Annotated[int, typer.Option(min=8, help="tokens of a window")] = 256,
     windows: Annotated[int | None, typer.Option(min=1, help="read at most so many windows")] = None,
-    engine: Annotated[str | None, typer.Option(help="engine of the candidate, e.g. llamacpp(threads=2)")] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="engine of the candidate, e.g. llamacpp(threads=2)")
+    ] = None,
     reference_engine: Annotated[str | None, typer.Option(help="engine of the original")] = None,
     efficiency: Annotated[bool, typer.Option(help="measure memory and latency too")] = True,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="folder for report.json, report.md, quality.svg")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="folder for report.json, report.md, quality.svg")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print report.json")] = False,
 ) -> None:
     """Compare a quantized model with its original. Exit code 3: a quality gate is missed.

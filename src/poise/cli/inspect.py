@@ -59,7 +59,9 @@ def _show_model(what: str, tensors: bool, as_json: bool) -> None:
         console.print_plan(terminal.out, artifact.plan)
         console.print_artifact(terminal.out, artifact)
     if artifact and (damaged := artifact.damaged()):
-        raise PoiseError(f"{what}: {', '.join(damaged)} differ from the manifest: changed or damaged since they were made")
+        raise PoiseError(
+            f"{what}: {', '.join(damaged)} differ from the manifest: changed or damaged since they were made"
+        )
 
 
 def _record(checkpoint: "Checkpoint", artifact: "Artifact | None") -> dict[str, object]:

@@ -18,10 +18,14 @@ def run(
     recipe: Annotated[str, typer.Option(help="shipped recipe, .yaml file, or plan.json")] = "mobile",
     out: Annotated[Path, typer.Option("--out", "-o", help="folder to make")] = Path("quantized"),
     to: Annotated[list[str] | None, typer.Option(help="exporter; repeat for several. Default: gguf")] = None,
-    calibration: Annotated[Path | None, typer.Option(help="UTF-8 text to calibrate on; default: a short one")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="UTF-8 text to calibrate on; default: a short one")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="replace the output and any unfinished run")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="continue an unfinished run")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what would be done, and what it needs")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="only say what would be done, and what it needs")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
 ) -> None:
     """Quantize a model and export it.
@@ -52,7 +56,9 @@ def run(
             progress=progress,
         )
     if as_json:
-        found = [{"path": str(a.path), "model": str(a.model), "manifest": asdict(a.manifest)} for a in artifacts]
+        found = [
+            {"path": str(a.path), "model": str(a.model), "manifest": asdict(a.manifest)} for a in artifacts
+        ]
         print(json.dumps({"schema_version": 1, "artifacts": found}, indent=1))
         return
     for artifact in artifacts:

@@ -22,7 +22,12 @@ def quiet_libraries() -> None:
 def progress() -> Iterator[Callable[[str, int, int], None]]:
     """A bar with the stage and the time that remains."""
     quiet_libraries()
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bars:
         tasks: dict[str, int] = {}
 

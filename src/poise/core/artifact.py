@@ -92,6 +92,7 @@ class Artifact:
 
 
 def sha256(path: Path) -> str:
+    """Hash of a file, read in pieces."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -107,6 +108,7 @@ def list_files(folder: Path) -> dict[str, dict[str, str | int]]:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Puts the manifest into its folder, in one step."""
     write_atomically(folder / MANIFEST, json.dumps(asdict(manifest), indent=1) + "\n")
 
 

@@ -26,7 +26,9 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
         packed = joined.view(torch.uint8)[..., :bits].reshape(rows, eights.shape[1] * bits)
     length = 4 * words(columns, bits)
     packed = pad(packed, (0, max(0, length - packed.shape[1])))[:, :length]
-    return packed.reshape(-1).view(torch.int32).view(rows, words(columns, bits))  # flat: strides of 1-wide axes lie
+    return (
+        packed.reshape(-1).view(torch.int32).view(rows, words(columns, bits))
+    )  # flat: strides of 1-wide axes lie
 
 
 def unpack_bits(packed: Tensor, bits: int, columns: int) -> Tensor:
@@ -36,9 +38,13 @@ def unpack_bits(packed: Tensor, bits: int, columns: int) -> Tensor:
     if bits == 8:
         return stream[:, :columns].clone()
     if bits == 4:
-        return torch.stack((stream & 15, stream >> 4), dim=-1).view(rows, 2 * stream.shape[1])[:, :columns].contiguous()
+        return (
+            torch.stack((stream & 15, stream >> 4), dim=-1)
+            .view(rows, 2 * stream.shape[1])[:, :columns]
+            .contiguous()
+        )
     padded = pad(stream, (0, -stream.shape[1] % bits))
     chunks = padded.view(rows, padded.shape[1] // bits, bits)
     joined = pad(chunks, (0, 8 - bits)).contiguous().view(torch.int64)
-    codes = (joined >> torch.arange(0, 8 * bits, bits)) & (2**bits - 1)
+    codes: Tensor = (joined >> torch.arange(0, 8 * bits, bits)) & (2**bits - 1)
     return codes.to(torch.uint8).view(rows, 8 * chunks.shape[1])[:, :columns].contiguous()

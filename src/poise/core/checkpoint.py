@@ -84,6 +84,13 @@ class Checkpoint(ABC):
         return {}
 
     @property
+    def context(self) -> int | None:
+        """Longest text the model was made for, in tokens; None if the configuration does not say."""
+        names = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
+        known = [self.config[name] for name in names if isinstance(self.config.get(name), int)]
+        return min(known, default=None)
+
+    @property
     def total_bytes(self) -> int:
         """Bytes of all files that hold weights."""
         return sum(info.nbytes for info in self.tensors().values())

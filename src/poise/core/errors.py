@@ -41,6 +41,5 @@ class MissingExtra(PoiseError):
 
     def __init__(self, package: str, extra: str) -> None:
         super().__init__(
-            f"this needs the package {package!r}, which is not installed: "
-            f"pip install 'poise[{extra}]'"
+            f"this needs the package {package!r}, which is not installed: pip install 'poise[{extra}]'"
         )

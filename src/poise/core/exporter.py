@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
+from torch import Tensor
+
 from poise.core.checkpoint import Checkpoint
 from poise.core.format import Format, QTensor
 from poise.core.linear import Linear
@@ -31,6 +33,10 @@ class Exporter(ABC):
     @abstractmethod
     def accepts(self, linear: Linear, format: Format, activations: int | None) -> str | None:
         """None when the container stores this exactly, else the reason why not."""
+
+    def kept(self, checkpoint: Checkpoint, name: str, value: Tensor) -> Tensor:
+        """A kept tensor as it reads back; another only where the container stores a function of it."""
+        return value
 
     @abstractmethod
     def export(self, checkpoint: Checkpoint, plan: Plan, codes: Codes, folder: Path) -> Path:

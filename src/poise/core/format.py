@@ -111,7 +111,9 @@ class QTensor:
 
     def __getitem__(self, rows: slice) -> "QTensor":
         """A slab of rows; parameters that all rows share stay as they are."""
-        params = {key: value[rows] if len(value) == len(self.codes) else value for key, value in self.params.items()}
+        params = {
+            key: value[rows] if len(value) == len(self.codes) else value for key, value in self.params.items()
+        }
         return QTensor(codes=self.codes[rows], params=params, format=self.format)
 
     @property
@@ -133,8 +135,6 @@ class QTensor:
             return parts[0]
         return cls(
             codes=torch.cat([part.codes for part in parts]),
-            params={
-                key: torch.cat([part.params[key] for part in parts]) for key in parts[0].params
-            },
+            params={key: torch.cat([part.params[key] for part in parts]) for key in parts[0].params},
             format=parts[0].format,
         )

@@ -87,7 +87,9 @@ class LogitMetric(Metric):
         scored = values[torch.isfinite(values)]
         n = len(scored)
         if n == 0:
-            return Score(name=name, value=float("nan"), unit=self.unit, protocol=windows, n=0, n_unscored=len(samples))
+            return Score(
+                name=name, value=float("nan"), unit=self.unit, protocol=windows, n=0, n_unscored=len(samples)
+            )
         picks = torch.randint(n, (BOOTSTRAP, n), generator=torch.Generator().manual_seed(seed))
         means = self.combine(scored[picks])
         low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()

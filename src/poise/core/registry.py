@@ -76,8 +76,7 @@ def get(kind: str, name: str) -> type[Any]:
         ]
         if len(found) != 1:
             raise UsageError(
-                f"{module.__file__} must define exactly one public {base.__name__}, "
-                f"it defines {len(found)}"
+                f"{module.__file__} must define exactly one public {base.__name__}, it defines {len(found)}"
             )
         cls: type[Any] = found[0]
         return cls

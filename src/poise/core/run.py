@@ -24,6 +24,7 @@ def versions() -> dict[str, str]:
 
 
 def poise_version() -> str:
+    """Version of the installed distribution."""
     try:
         return version("poise")
     except PackageNotFoundError:
@@ -36,9 +37,15 @@ def commit() -> tuple[str | None, bool]:
     if not (root / "pyproject.toml").is_file():
         return None, False
     try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
+        head = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True
+        )
         changed = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no"], cwd=root, capture_output=True, text=True, check=True
+            ["git", "status", "--porcelain", "--untracked-files=no"],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            check=True,
         )
     except (OSError, subprocess.CalledProcessError):
         return None, False

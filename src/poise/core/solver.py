@@ -50,7 +50,9 @@ class Solver(ABC):
             importance: [columns], what a squared error in each column weighs; None for equal.
         """
 
-    def solve(self, weight: Tensor, format: Format, stats: Stats | None = None, name: str = "the weight") -> QTensor:
+    def solve(
+        self, weight: Tensor, format: Format, stats: Stats | None = None, name: str = "the weight"
+    ) -> QTensor:
         """Quantizes a [rows, columns] weight of any floating dtype, slab by slab.
 
         Raises:
@@ -60,11 +62,19 @@ class Solver(ABC):
         if weight.dim() != 2 or not weight.is_floating_point():
             raise FormatError(f"{name}: expected a floating matrix, got {weight.dtype} {list(weight.shape)}")
         if weight.shape[1] % format.width:
-            raise FormatError(f"{name}: rows of {weight.shape[1]} are not a multiple of the format's width {format.width}")
+            raise FormatError(
+                f"{name}: rows of {weight.shape[1]} are not a multiple of the format's width {format.width}"
+            )
         importance = None if stats is None else stats.second_moment.float()
         if importance is not None and importance.shape[0] != weight.shape[1]:
-            raise FormatError(f"{name}: {weight.shape[1]} columns, but statistics of {importance.shape[0]} inputs")
-        step = max(1, SLAB // max(1, weight.shape[1])) if format.rows_are_independent else max(1, weight.shape[0])
+            raise FormatError(
+                f"{name}: {weight.shape[1]} columns, but statistics of {importance.shape[0]} inputs"
+            )
+        step = (
+            max(1, SLAB // max(1, weight.shape[1]))
+            if format.rows_are_independent
+            else max(1, weight.shape[0])
+        )
         parts = []
         for start in range(0, max(1, weight.shape[0]), step):
             slab = weight[start : start + step].float()

@@ -217,7 +217,7 @@ class LlamaCpp(Engine):
         if tokens and not 0 <= min(tokens) <= max(tokens) < self._vocabulary:
             span = f"tokens from {min(tokens)} to {max(tokens)}"
             raise EngineError(f"{span} do not fit the model's vocabulary of {self._vocabulary}")
-        if room > self._room:
+        if room > self._room or not self._runner:
             self._make_room(room)
         lib.llama_memory_clear(lib.llama_get_memory(self._runner), True)
 

@@ -36,7 +36,9 @@ class Torch(Engine):
     def load(self, checkpoint: Checkpoint) -> None:
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        values = {k: v for k, v in checkpoint.config.items() if k not in ("model_type", "quantization_config")}
+        values = {
+            k: v for k, v in checkpoint.config.items() if k not in ("model_type", "quantization_config")
+        }
         config = AutoConfig.for_model(checkpoint.config["model_type"], **values)
         weights = {name: checkpoint.read(name).to(self._dtype) for name in checkpoint.tensors()}
         model_class = AutoModelForCausalLM._model_mapping[type(config)]
@@ -45,7 +47,9 @@ class Torch(Engine):
         )
         missing = [name for name in report["missing_keys"] if name != "lm_head.weight"]
         if missing or report["mismatched_keys"]:
-            raise EngineError(f"{checkpoint.source}: lacks {sorted(missing) or sorted(report['mismatched_keys'])}")
+            raise EngineError(
+                f"{checkpoint.source}: lacks {sorted(missing) or sorted(report['mismatched_keys'])}"
+            )
         self._model = model.eval()
         for path, bits in checkpoint.activations().items():
             self._model.get_submodule(path).register_forward_pre_hook(_round_inputs(bits))
@@ -88,7 +92,9 @@ def _round_inputs(bits: int) -> Any:
 
     def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         x = args[0]
-        scale = (x.abs().amax(-1, keepdim=True).float() / (highest + 0.5)).clamp(min=torch.finfo(torch.float32).tiny)
+        scale = (x.abs().amax(-1, keepdim=True).float() / (highest + 0.5)).clamp(
+            min=torch.finfo(torch.float32).tiny
+        )
         rounded = (x.float() / scale).round().clamp(-highest - 1, highest) * scale
         return rounded.to(x.dtype), *args[1:]
 

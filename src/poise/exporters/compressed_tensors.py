@@ -112,7 +112,7 @@ class CompressedTensors(Exporter):
         if not format.symmetric and format.zero != "integer":
             return f'compressed-tensors stores integer zero points: use zero="integer", not {format.zero!r}'
         if not format.symmetric and linear.rows % 32:
-            return f"vLLM splits zero points at every 32 outputs, and there are {linear.rows}: use symmetric=True"
+            return f"vLLM splits zero points every 32 outputs, and {linear.rows} do not: use symmetric=True"
         if format.group == "tensor":
             return 'vLLM wants a scale for every output or group: use group="channel" or a number'
         if isinstance(format.group, int) and linear.columns % format.group:
@@ -191,7 +191,7 @@ def check_experts(plan: Plan, linears: Iterable[Linear]) -> None:
     if names and others and schemes.get(names[0]) is None:
         raise ExportError(
             f"transformers loads {others[0]} quantized only if the experts are too, and the plan keeps "
-            f"{names[0]}: give role expert.* a symmetric integer format without activations, as int(bits=8)"
+            f"{names[0]}: give experts a symmetric int without activations, as int(bits=8, group=32)"
         )
 
 

@@ -5,6 +5,7 @@ holds it, how long it is. Then the header is written, and the tensors follow one
 """
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,7 +34,7 @@ FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q
 """Block type of most weights -> llama.cpp's number for "mostly that"."""
 QUANTIZATION_VERSION = 2
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-REWRITTEN = ("general.architecture", "general.file_type", "general.quantization_version", "general.alignment")
+REWRITTEN = re.compile(r"general\.(architecture|file_type|quantization_version|alignment)|split\..*")
 """Keys of a GGUF source that describe the file they come from."""
 
 Formats = Mapping[str, str | None]
@@ -79,6 +80,11 @@ class Gguf(Exporter):
             return f"rows of {linear.columns} are not a multiple of the block of {size}"
         return None
 
+    def kept(self, checkpoint: Checkpoint, name: str, value: Tensor) -> Tensor:
+        """Gemma's norms are stored with one added, in float32."""
+        slot = next(slot for slot in _slots(checkpoint) if name in slot.sources)
+        return slot.from_gguf(slot.to_gguf(value)) if slot.shift else value
+
     def export(self, checkpoint: Checkpoint, plan: Plan, codes: Codes, folder: Path) -> Path:
         metadata = _metadata(checkpoint)
         constants = _constants(checkpoint)
@@ -107,7 +113,7 @@ def _metadata(checkpoint: Checkpoint) -> dict[str, Value]:
     """All keys but those about the file itself; of a GGUF source its own, unchanged."""
     own: dict[str, Value] | None = getattr(checkpoint, "gguf_metadata", None)
     if own is not None:
-        return {key: value for key, value in own.items() if key not in REWRITTEN}
+        return {key: value for key, value in own.items() if not REWRITTEN.fullmatch(key)}
     config = complete(checkpoint.config)
     keys = hyper_parameters(config)
     rows = int(config["vocab_size"])

@@ -50,7 +50,9 @@ class Int(Format):
     def __post_init__(self) -> None:
         if not isinstance(self.bits, int) or not 1 <= self.bits <= 8:
             raise UsageError(f"int takes 1 to 8 bits, got {self.bits!r}")
-        if self.group not in ("channel", "tensor") and not (isinstance(self.group, int) and 16 <= self.group <= 256):
+        if self.group not in ("channel", "tensor") and not (
+            isinstance(self.group, int) and 16 <= self.group <= 256
+        ):
             raise UsageError(f'group is 16 to 256, "channel" or "tensor", got {self.group!r}')
         if self.zero not in ("integer", "minimum"):
             raise UsageError(f'zero is "integer" or "minimum", got {self.zero!r}')
@@ -62,7 +64,9 @@ class Int(Format):
     def resolve(self, scale_dtype: str) -> "Int":
         if self.scale != "auto":
             return self
-        return Int(bits=self.bits, group=self.group, symmetric=self.symmetric, zero=self.zero, scale=scale_dtype)
+        return Int(
+            bits=self.bits, group=self.group, symmetric=self.symmetric, zero=self.zero, scale=scale_dtype
+        )
 
     @property
     def rows_are_independent(self) -> bool:
@@ -78,7 +82,7 @@ class Int(Format):
 
     @property
     def highest(self) -> int:
-        return self.lowest + 2**self.bits - 1
+        return self.lowest + (1 << self.bits) - 1
 
     def group_of(self, columns: int) -> int:
         return min(self.group, columns) if isinstance(self.group, int) else columns
@@ -92,7 +96,11 @@ class Int(Format):
             low, high = grouped.amin(-1), grouped.amax(-1)
         if self.symmetric:
             return self._fit_symmetric(low, high, shrink)
-        return self._fit_zero(low, high, shrink) if self.zero == "integer" else self._fit_minimum(low, high, shrink)
+        return (
+            self._fit_zero(low, high, shrink)
+            if self.zero == "integer"
+            else self._fit_minimum(low, high, shrink)
+        )
 
     def _fit_symmetric(self, low: Tensor, high: Tensor, shrink: float) -> Params:
         extreme = torch.where(high >= -low, high, low)
@@ -148,7 +156,9 @@ class Int(Format):
         if "zero" in params:
             steps = steps - self._spread(params["zero"].float(), columns)
         weight = steps.mul_(self._spread(params["scale"].float(), columns))
-        return weight.add_(self._spread(params["minimum"].float(), columns)) if "minimum" in params else weight
+        return (
+            weight.add_(self._spread(params["minimum"].float(), columns)) if "minimum" in params else weight
+        )
 
     def sum_per_scale(self, values: Tensor) -> Tensor:
         group = max(1, self.group_of(values.shape[1]))
@@ -169,7 +179,11 @@ class Int(Format):
 
     def pack(self, codes: Tensor, params: Params) -> dict[str, Tensor]:
         """``packed`` int32 [rows, words] of codes minus the lowest one; ``zero_packed`` runs down rows."""
-        shifted = codes.view(torch.uint8) ^ 2 ** (self.bits - 1) if self.bits == 8 and self.symmetric else codes - self.lowest
+        shifted = (
+            codes.view(torch.uint8) ^ 2 ** (self.bits - 1)
+            if self.bits == 8 and self.symmetric
+            else codes - self.lowest
+        )
         stored = {"packed": pack_bits(shifted.view(torch.uint8), self.bits), **params}
         if "zero" in params:
             stored["zero_packed"] = pack_bits(stored.pop("zero").T.contiguous(), self.bits)
@@ -183,7 +197,9 @@ class Int(Format):
         codes = unpack_bits(stored["packed"], self.bits, columns)
         if not self.symmetric:
             return codes, params
-        return (codes.view(torch.int8) + self.lowest if self.bits < 8 else (codes ^ 128).view(torch.int8)), params
+        return (
+            codes.view(torch.int8) + self.lowest if self.bits < 8 else (codes ^ 128).view(torch.int8)
+        ), params
 
     def _grouped(self, weight: Tensor) -> Tensor:
         """[rows, groups, group]; a shorter last group repeats its last column, which moves no extreme."""
@@ -198,7 +214,11 @@ class Int(Format):
         if per_scale.shape[1] == 1:
             return per_scale
         group = self.group_of(columns)
-        wide = per_scale.unsqueeze(-1).expand(-1, -1, group).reshape(per_scale.shape[0], group * per_scale.shape[1])
+        wide = (
+            per_scale.unsqueeze(-1)
+            .expand(-1, -1, group)
+            .reshape(per_scale.shape[0], group * per_scale.shape[1])
+        )
         return wide[:, :columns]
 
     def _scale_name(self) -> str:

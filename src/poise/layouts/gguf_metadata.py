@@ -106,25 +106,19 @@ def _attention_keys(arch: str, config: Config) -> dict[str, Value]:
     size = head_dim(config)
     keys = {"attention.key_length": u32(size), "attention.value_length": u32(size)}
     window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
-    if arch == "gemma3":
+    if arch in ("gemma3", "phi3"):
         keys["attention.sliding_window"] = u32(window or 0)
-        if config.get("final_logit_softcapping"):
-            keys["final_logit_softcapping"] = f32(config["final_logit_softcapping"])
-    elif window:
-        # llama.cpp has no sliding window for these: both agree as long as the text fits into it.
+    if config.get("final_logit_softcapping") and arch == "gemma3":
+        keys["final_logit_softcapping"] = f32(config["final_logit_softcapping"])
+    if window and arch != "gemma3":
+        # llama.cpp attends to everything in these: both agree as long as the text fits into the window.
         keys["context_length"] = u32(min(window, config["max_position_embeddings"]))
     return keys
 
 
 def _refuse_other_functions(arch: str, config: Config) -> None:
-    activation = next(
-        (
-            config[key]
-            for key in ("hidden_activation", "hidden_act", "activation_function")
-            if config.get(key)
-        ),
-        None,
-    )
+    names = ("hidden_activation", "hidden_act", "activation_function")
+    activation = next((config[name] for name in names if config.get(name)), None)
     expected = ACTIVATIONS.get(arch, "silu")
     if activation != expected:
         raise ExportError(f"llama.cpp runs {arch} with the activation {expected}, the model has {activation}")
@@ -161,9 +155,8 @@ def _refuse_other_gemma3(config: Config) -> None:
             f"llama.cpp scales the attention of this gemma3 by 1/sqrt({scalar}), "
             f"the model by 1/sqrt({config['query_pre_attn_scalar']})"
         )
-    if config["layer_types"] != gemma3_layers(
-        config["num_hidden_layers"], bool(config.get("sliding_window"))
-    ):
+    window = bool(config.get("sliding_window"))
+    if config["layer_types"] != gemma3_layers(config["num_hidden_layers"], window):
         raise ExportError(
             f"llama.cpp runs gemma3 with full attention in every {GEMMA3_PERIOD}th layer, "
             f"the model has {config['layer_types']}"
@@ -211,7 +204,7 @@ def _read_table(arch: str, header: Header) -> dict[str, Any]:
     """The plain numbers; each must be of a size that a model can have."""
     numbers = {}
     for key, name in (GPT2 if arch == "gpt2" else GENERAL).items():
-        value = header.get(f"{arch}.{key}")
+        value = header.get(f"{arch}.{key}") or None  # no experts may be spelled as 0 experts
         largest = LARGEST.get(key, 2**31)
         if value is None and key in REQUIRED:
             raise CheckpointError(f"the file lacks {arch}.{key}; it is no complete model")
@@ -256,7 +249,6 @@ def _read_details(
         details["head_dim"] = size
     if kind == "llama":
         details["attention_bias"] = "blk.0.attn_q.bias" in header.tensors
-    if kind == "llama":
         details["mlp_bias"] = "blk.0.ffn_up.bias" in header.tensors
     if kind == "qwen3_moe":
         details["norm_topk_prob"] = True
@@ -264,6 +256,7 @@ def _read_details(
         factors = details["rope_parameters"]
         original = factors.get("original_max_position_embeddings", config["max_position_embeddings"])
         details["original_max_position_embeddings"] = original
+        details["sliding_window"] = header.get("phi3.attention.sliding_window") or None
     if kind == "gemma3_text":
         details |= _read_gemma3({**config, **details}, header)
     return details

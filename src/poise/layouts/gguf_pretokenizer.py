@@ -6,7 +6,9 @@ below is read in both directions: the writer looks a list of steps up, the reade
 Steps are ``split:REGEX`` (each match is a word), ``digits`` (each digit is a word), ``bytes`` (bytes as
 printable characters) and ``words`` (the same after cutting by GPT-2's regex).
 
-Unicode normalization to NFC is passed over: llama.cpp has none, and text is in NFC nearly always.
+Two differences are passed over, as llama.cpp's own converter does. Unicode normalization to NFC: llama.cpp
+has none, and text is in NFC nearly always. ``gpt-4o`` and ``tekken``: llama.cpp's expressions for them leave
+combining marks out of words, which matters for scripts that need them (Hindi, Thai).
 """
 
 from collections.abc import Mapping

@@ -50,14 +50,15 @@ def rope_keys(arch: str, config: Config) -> dict[str, Value]:
     return keys
 
 
-_ALL = ("llama", "qwen2", "qwen3", "qwen3moe", "gemma3", "phi3")
+_PLAIN = ("llama", "qwen2", "qwen3", "qwen3moe")
 _SCALINGS = {
-    "default": _ALL,
-    "linear": _ALL,
-    "yarn": ("llama", "qwen2", "qwen3", "qwen3moe"),
+    "default": (*_PLAIN, "gemma3", "phi3"),
+    "linear": (*_PLAIN, "gemma3"),
+    "yarn": _PLAIN,
     "llama3": ("llama",),
     "longrope": ("phi3",),
 }
+"""Scaling -> architectures for which llama.cpp was found to compute what transformers computes."""
 
 
 def global_rope(config: Config) -> Mapping[str, Any]:

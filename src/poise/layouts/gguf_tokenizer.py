@@ -112,7 +112,10 @@ def _tokens(spec: Spec, rows: int, unknown: int | None) -> tuple[list[str], list
 
 
 def _added(token: Mapping[str, Any], before: int) -> tuple[str, int]:
-    """An added token's text and type. llama.cpp looks for it in the text before spaces become ``SPACE``."""
+    """An added token's text and type. llama.cpp looks for it in the text before spaces become ``SPACE``.
+
+    That a token swallows the spaces beside it (``lstrip``, ``rstrip``) has no place in a GGUF file.
+    """
     content = token["content"]
     if token["special"]:
         return content, CONTROL

@@ -69,9 +69,10 @@ def evaluate(
     source = load_text(text, "evaluation")
     if artifact and artifact.manifest.calibration == source.hash:
         raise UsageError(f"{source.name} is what the model was calibrated on; evaluate on another text")
+    window = min([window, *(model.context for model in models if model.context)])
     cut = source.windows(models[0].tokenizer(), window, windows)
     samples = _fidelity(models, engines, cut, progress)
-    protocol = f"windows of {window} tokens, not overlapping"
+    protocol = f"windows of {window} tokens, not overlapping, computed in float32 where the engine is torch"
     sides = _sides(models, engines, [reference, candidate], samples, protocol, efficiency, progress)
     scores = tuple(_logit_metric(name).score(_key(name), samples[name], protocol) for name in FIDELITY)
     comparison = Comparison(
@@ -93,7 +94,9 @@ def evaluate(
     return comparison
 
 
-def bench(sources: Sequence[str | Path], engines: Sequence[str] = (), progress: Progress = silent) -> list[Side]:
+def bench(
+    sources: Sequence[str | Path], engines: Sequence[str] = (), progress: Progress = silent
+) -> list[Side]:
     """Size, memory and latency of models side by side, taking turns.
 
     Args:
@@ -155,7 +158,11 @@ def _label(source: str | Path) -> str:
     path = Path(source)
     if not path.exists():
         return str(source)
-    return path.name if path.name not in ("gguf", "compressed-tensors") else f"{path.absolute().parent.name}/{path.name}"
+    return (
+        path.name
+        if path.name not in ("gguf", "compressed-tensors")
+        else f"{path.absolute().parent.name}/{path.name}"
+    )
 
 
 def _started(engine: str, checkpoint: Checkpoint) -> Engine:
@@ -206,7 +213,9 @@ def _sides(
     progress: Progress,
 ) -> list[Side]:
     metric = _logit_metric("perplexity")
-    own = [metric.score("perplexity", samples[key], protocol) for key in ("reference-perplexity", "perplexity")]
+    own = [
+        metric.score("perplexity", samples[key], protocol) for key in ("reference-perplexity", "perplexity")
+    ]
     measured = _measure(models, engines, sources, ("size", *(EFFICIENCY if efficiency else ())), progress)
     return [
         Side(
@@ -247,11 +256,11 @@ def _measure(
         Side(
             label=subject.label,
             source=subject.checkpoint.source,
-            engine=subject.engine,
+            engine=engine,
             fingerprint=subject.checkpoint.fingerprint(),
             scores=tuple(found),
         )
-        for subject, found in zip(subjects, scores, strict=True)
+        for subject, engine, found in zip(subjects, engines, scores, strict=True)
     ]
 
 

@@ -16,7 +16,7 @@ from poise.calibration.text import Text, load_text
 from poise.checkpoints import open_checkpoint
 from poise.core.artifact import CARD, Artifact, Manifest, list_files, write_atomically, write_manifest
 from poise.core.checkpoint import Checkpoint
-from poise.core.errors import ExportError, PoiseError, UsageError
+from poise.core.errors import ExportError, FormatError, PoiseError, UsageError
 from poise.core.exporter import Exporter
 from poise.core.format import QTensor
 from poise.core.linear import Linear
@@ -113,13 +113,20 @@ def quantize(
     run.inputs["calibration"] = text.hash
     artifacts = []
     for job in jobs:
-        key = {"source": run.inputs["source"], "plan": job.plan.hash, "calibration": text.hash, "poise": versions()["poise"]}
+        key = {
+            "source": run.inputs["source"],
+            "plan": job.plan.hash,
+            "calibration": text.hash,
+            "poise": versions()["poise"],
+        }
         job.out.parent.mkdir(parents=True, exist_ok=True)
         if resume and job.out.exists() and (done := _finished(job, key)):
             artifacts.append(done)
             continue
         workspace = Workspace(job.out, key, resume=resume, force=force)
-        with explain_full_disk(job.out.parent, f"free some and --resume: finished matrices are in {workspace.path}"):
+        with explain_full_disk(
+            job.out.parent, f"free some and --resume: finished matrices are in {workspace.path}"
+        ):
             stats = _calibrate(checkpoint, job.plan, text, workspace, progress)
             _solve(checkpoint, job.plan, stats, workspace, progress)
             artifacts.append(_assemble(checkpoint, job, workspace, run, progress))
@@ -127,7 +134,11 @@ def quantize(
 
 
 def dry_run(
-    model: str | Path, recipe: str | Path | Recipe | Plan, out: str | Path, *, to: str | Sequence[str] = "gguf"
+    model: str | Path,
+    recipe: str | Path | Recipe | Plan,
+    out: str | Path,
+    *,
+    to: str | Sequence[str] = "gguf",
 ) -> list[Estimate]:
     """What ``quantize`` would do: the plan, sizes, time, memory and disk. Reads only the headers."""
     checkpoint = open_checkpoint(model)
@@ -135,10 +146,19 @@ def dry_run(
 
 
 def _command(
-    model: str | Path, recipe: str | Path | Recipe | Plan, to: str | Sequence[str], calibration: str | Path | None
+    model: str | Path,
+    recipe: str | Path | Recipe | Plan,
+    to: str | Sequence[str],
+    calibration: str | Path | None,
 ) -> str:
     """The command line of a run, without what does not change its result."""
-    wish = recipe if isinstance(recipe, str) else recipe.name if isinstance(recipe, Recipe | Path) else "plan.json"
+    wish = (
+        recipe
+        if isinstance(recipe, str)
+        else recipe.name
+        if isinstance(recipe, Recipe | Path)
+        else "plan.json"
+    )
     source = Path(model).name if Path(model).exists() else model
     exporters = [to] if isinstance(to, str) else to
     parts = ["poise quantize", str(source), f"--recipe {wish}", *(f"--to {name}" for name in exporters)]
@@ -174,7 +194,9 @@ def _wish(recipe: str | Path | Recipe | Plan) -> Recipe | Plan:
     return load_recipe(recipe)
 
 
-def _job(checkpoint: Checkpoint, linears: list[Linear], wish: Recipe | Plan, exporter: Exporter, out: Path) -> _Job:
+def _job(
+    checkpoint: Checkpoint, linears: list[Linear], wish: Recipe | Plan, exporter: Exporter, out: Path
+) -> _Job:
     exporter.check(checkpoint)
     if isinstance(wish, Plan):
         if wish.exporter != name_of(exporter):
@@ -216,7 +238,10 @@ def _finished(job: _Job, key: dict[str, str]) -> Artifact | None:
     """The artifact of an earlier, whole run with the same key, if that is what is there."""
     with suppress(PoiseError):
         artifact = Artifact.open(job.out)
-        same = artifact.manifest.plan_hash == key["plan"] and artifact.manifest.source_fingerprint == key["source"]
+        same = (
+            artifact.manifest.plan_hash == key["plan"]
+            and artifact.manifest.source_fingerprint == key["source"]
+        )
         if same and not artifact.damaged():
             return artifact
     return None
@@ -230,7 +255,8 @@ def _calibrate(
         return {}
     if (known := workspace.load_stats()) is not None:
         return known
-    windows = text.windows(checkpoint.tokenizer(), CALIBRATION_WINDOW)
+    length = min(CALIBRATION_WINDOW, checkpoint.context or CALIBRATION_WINDOW)
+    windows = text.windows(checkpoint.tokenizer(), length)
     dtype = "float32" if checkpoint.dtype == torch.float32 else "bfloat16"
     groups = {linear.input_group for linear in checkpoint.linears()}
     with get("engine", "torch")(dtype=dtype) as engine:
@@ -239,8 +265,19 @@ def _calibrate(
             for number, window in enumerate(windows, 1):
                 engine.logits(window)
                 progress("calibrate", number, len(windows))
-    workspace.store_stats(moments.stats(text.hash))
+    try:
+        workspace.store_stats(moments.stats(text.hash))
+    except PoiseError:
+        _refuse_damaged(checkpoint)
+        raise
     return workspace.load_stats() or {}
+
+
+def _refuse_damaged(checkpoint: Checkpoint) -> None:
+    """Names the weight that made activations infinite, if it is one."""
+    for name in checkpoint.tensors():
+        if not bool(torch.isfinite(checkpoint.read(name)).all()):
+            raise FormatError(f"{name}: holds NaN or infinite weights; the checkpoint is damaged")
 
 
 def _wants_stats(plan: Plan) -> bool:
@@ -264,14 +301,16 @@ def _solve(
         progress(f"quantize {row.name}", done, total)
 
 
-def _assemble(checkpoint: Checkpoint, job: _Job, workspace: Workspace, run: Run, progress: Progress) -> Artifact:
+def _assemble(
+    checkpoint: Checkpoint, job: _Job, workspace: Workspace, run: Run, progress: Progress
+) -> Artifact:
     progress("export", 0, 1)
     folder = workspace.fresh_artifact()
     rows = {row.name: row for row in job.plan.quantized}
     model = job.exporter.export(checkpoint, job.plan, lambda name: workspace.load(rows[name]), folder)
     progress("export", 1, 1)
     exported = open_checkpoint(model)
-    _read_back(checkpoint, exported, rows, workspace, progress)
+    _read_back(checkpoint, exported, job, workspace, progress)
     manifest = _manifest(checkpoint, exported, job, run, model.relative_to(folder).as_posix())
     write_atomically(folder / "plan.json", job.plan.to_json() + "\n")
     write_atomically(folder / CARD, model_card(manifest, job.plan, None))
@@ -284,7 +323,7 @@ def _assemble(checkpoint: Checkpoint, job: _Job, workspace: Workspace, run: Run,
 
 
 def _read_back(
-    source: Checkpoint, exported: Checkpoint, rows: dict[str, PlanRow], workspace: Workspace, progress: Progress
+    source: Checkpoint, exported: Checkpoint, job: _Job, workspace: Workspace, progress: Progress
 ) -> None:
     """Every tensor, decoded by the consumer's own code, must be bit for bit what was meant.
 
@@ -292,6 +331,7 @@ def _read_back(
         ExportError: names the first tensor that is not.
     """
     linears = {linear.name: linear for linear in source.linears()}
+    rows = {row.name: row for row in job.plan.quantized}
     wanted, present = set(source.tensors()), exported.tensors()
     if wanted != set(present):
         raise ExportError(f"the artifact and the source differ in {sorted(wanted ^ set(present))[:3]}")
@@ -299,7 +339,8 @@ def _read_back(
         if name in rows:
             _compare_codes(exported, linears[name], workspace.load(rows[name]))
         else:
-            _compare_kept(name, exported.read(name), source.read(name))
+            meant = job.exporter.kept(source, name, source.read(name))
+            _compare_kept(name, exported.read(name), meant)
         progress("read back", number, len(present))
 
 
@@ -309,7 +350,9 @@ def _compare_codes(exported: Checkpoint, linear: Linear, meant: QTensor) -> None
         rows = slice(start, start + step)
         got = exported.read_rows(linear, rows)
         if not torch.equal(got, meant[rows].decode().to(got.dtype)):
-            raise ExportError(f"{linear.name}: what {exported.path} decodes to is not what was meant; please report this")
+            raise ExportError(
+                f"{linear.name}: what {exported.path} decodes to is not what was meant; please report this"
+            )
 
 
 def _compare_kept(name: str, got: Tensor, original: Tensor) -> None:
@@ -317,7 +360,9 @@ def _compare_kept(name: str, got: Tensor, original: Tensor) -> None:
     if not torch.equal(got, meant):
         raise ExportError(f"{name}: kept, but the exported copy differs; please report this")
     if not bool(torch.isfinite(got).all()):
-        raise ExportError(f"{name}: holds values that {got.dtype} cannot represent; plan a wider float format for it")
+        raise ExportError(
+            f"{name}: holds values that {got.dtype} cannot represent; plan a wider float format for it"
+        )
 
 
 def _manifest(checkpoint: Checkpoint, exported: Checkpoint, job: _Job, run: Run, model: str) -> Manifest:

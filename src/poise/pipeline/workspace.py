@@ -42,7 +42,9 @@ class Workspace:
         if out.exists() and not force:
             raise UsageError(f"{out} exists; choose another folder, or --force to replace it")
         if self.path.exists() and not resume and not force:
-            raise UsageError(f"{self.path} holds an unfinished run: --resume continues it, --force starts again")
+            raise UsageError(
+                f"{self.path} holds an unfinished run: --resume continues it, --force starts again"
+            )
         if self.path.exists() and resume:
             self._check_key(key)
         elif self.path.exists():

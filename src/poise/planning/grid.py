@@ -24,7 +24,10 @@ EXAMPLES = {
 def grid() -> str:
     """A Markdown table: every format against every exporter, for a [4096, 4096] feed-forward weight."""
     exporters = names("exporter")
-    lines = ["| format | bits/weight | " + " | ".join(exporters) + " |", "|---|---:|" + "---|" * len(exporters)]
+    lines = [
+        "| format | bits/weight | " + " | ".join(exporters) + " |",
+        "|---|---:|" + "---|" * len(exporters),
+    ]
     linear = Linear(name="w", rows=4096, columns=4096, role="ffn.up", block=0, input_group="w")
     for spec in (spec for name in names("format") for spec in EXAMPLES.get(name, (name,))):
         answers = [_answer(name, spec, linear) for name in exporters]
@@ -50,5 +53,3 @@ def _answer(exporter: str, spec: str, linear: Linear) -> str:
     if rounded is None:
         return "with 8-bit activations"
     return "yes" if plain is None else f"no: {plain}"
-
-

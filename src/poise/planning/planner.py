@@ -16,7 +16,9 @@ from poise.core.registry import build, spec_of
 Accepts = Callable[[Linear, Format, int | None], str | None]
 
 
-def make_plan(recipe: Recipe, linears: Sequence[Linear], exporter: str, accepts: Accepts, scale_dtype: str) -> Plan:
+def make_plan(
+    recipe: Recipe, linears: Sequence[Linear], exporter: str, accepts: Accepts, scale_dtype: str
+) -> Plan:
     """Settles a recipe for a model and an exporter.
 
     Args:
@@ -52,7 +54,9 @@ def check_plan(plan: Plan, linears: Sequence[Linear], accepts: Accepts) -> None:
     wanted, present = {row.name for row in plan.rows}, {linear.name for linear in linears}
     if wanted != present:
         name = sorted(wanted ^ present)[0]
-        raise UsageError(f"the plan is for another model: {name} is only in the {'plan' if name in wanted else 'model'}")
+        raise UsageError(
+            f"the plan is for another model: {name} is only in the {'plan' if name in wanted else 'model'}"
+        )
     for linear in linears:
         row = plan.row(linear.name)
         if row is None or row.format is None:
@@ -71,7 +75,7 @@ def _row(linear: Linear, rule: Rule | None, accepts: Accepts, scale_dtype: str) 
         return _kept(linear, "no rule of the recipe matches")
     if not rule.options:
         return _kept(linear, "the recipe keeps it")
-    refused = []
+    refused: list[str] = []
     for option in rule.options:
         format = build("format", option.format).resolve(scale_dtype)
         reason = accepts(linear, format, option.activations)

@@ -39,7 +39,9 @@ class _Recipe(_Strict):
 
 def shipped_recipes() -> list[str]:
     """Names of the recipes that come with Poise."""
-    return sorted(file.name.removesuffix(".yaml") for file in _folder().iterdir() if file.name.endswith(".yaml"))
+    return sorted(
+        file.name.removesuffix(".yaml") for file in _folder().iterdir() if file.name.endswith(".yaml")
+    )
 
 
 def load_recipe(name_or_path: str | Path) -> Recipe:
@@ -59,7 +61,9 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
             raise UsageError(f"{path}: cannot be read ({error})") from error
     near = difflib.get_close_matches(text, shipped_recipes(), n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    raise UsageError(f"no recipe {text!r}: {hint}there is {', '.join(shipped_recipes())}, or give a .yaml file")
+    raise UsageError(
+        f"no recipe {text!r}: {hint}there is {', '.join(shipped_recipes())}, or give a .yaml file"
+    )
 
 
 def _folder() -> Any:
@@ -91,7 +95,9 @@ def _rule(rule: _Rule, where: str) -> Rule:
     if rule.keep == bool(rule.options):
         raise UsageError(f"{where}: give either options or keep: true")
     options = tuple(
-        Option(format=option) if isinstance(option, str) else Option(format=option.format, activations=option.activations)
+        Option(format=option)
+        if isinstance(option, str)
+        else Option(format=option.format, activations=option.activations)
         for option in rule.options
     )
     try:

@@ -7,7 +7,10 @@ from poise.core.comparison import Comparison
 from poise.core.plan import Plan
 
 TEMPLATES = Environment(
-    loader=PackageLoader("poise.reports", "templates"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    loader=PackageLoader("poise.reports", "templates"),
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
 )
 
 

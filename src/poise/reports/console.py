@@ -9,12 +9,18 @@ from poise.core.comparison import Comparison, Side
 from poise.core.plan import Plan, PlanRow
 from poise.reports.report import figure_rows, human
 
-VERDICTS = {"reached": "[green]reached[/]", "missed": "[red]missed[/]", "not measured": "[dim]not measured[/]"}
+VERDICTS = {
+    "reached": "[green]reached[/]",
+    "missed": "[red]missed[/]",
+    "not measured": "[dim]not measured[/]",
+}
 
 
 def print_plan(console: Console, plan: Plan) -> None:
     """Matrices by format; every kept one, and every wish that was not met, with its reason."""
-    table = Table("format", "solver", "matrices", "weights", "roles", title=f"{plan.recipe} for {plan.exporter}")
+    table = Table(
+        "format", "solver", "matrices", "weights", "roles", title=f"{plan.recipe} for {plan.exporter}"
+    )
     groups: dict[tuple[str, str], list[PlanRow]] = {}
     for row in plan.rows:
         inputs = f", {row.activations}-bit inputs" if row.activations else ""
@@ -26,7 +32,9 @@ def print_plan(console: Console, plan: Plan) -> None:
     console.print(table)
     for reason, rows in _remarks(plan).items():
         roles = ", ".join(dict.fromkeys(row.role for row in rows))
-        console.print(f"  {len(rows)} x {roles}: {reason}", style="yellow" if rows[0].kept else "dim", highlight=False)
+        console.print(
+            f"  {len(rows)} x {roles}: {reason}", style="yellow" if rows[0].kept else "dim", highlight=False
+        )
 
 
 def _remarks(plan: Plan) -> dict[str, list[PlanRow]]:
@@ -41,6 +49,7 @@ def _remarks(plan: Plan) -> dict[str, list[PlanRow]]:
 
 
 def print_artifact(console: Console, artifact: Artifact) -> None:
+    """What was made, in one line."""
     manifest = artifact.manifest
     console.print(
         f"[bold]{artifact.path}[/]: {manifest.weight_bytes / 1e6:.1f} MB, {manifest.bits_per_weight:.3f} bits per "

@@ -39,7 +39,10 @@ def quality_against_size(points: list[Point], quality: str, caption: str) -> str
         height=HEIGHT,
         margin=MARGIN,
         x_ticks=[(MARGIN + (WIDTH - 2 * MARGIN) * i / 4, right * i / 4) for i in range(5)],
-        y_ticks=[(HEIGHT - MARGIN - (HEIGHT - 2 * MARGIN) * i / 4, bottom + (top - bottom) * i / 4) for i in range(5)],
+        y_ticks=[
+            (HEIGHT - MARGIN - (HEIGHT - 2 * MARGIN) * i / 4, bottom + (top - bottom) * i / 4)
+            for i in range(5)
+        ],
     )
 
 

@@ -34,12 +34,16 @@ def to_json(comparison: Comparison) -> str:
 
 def sides_json(sides: list[Side]) -> str:
     """Measurements of several models side by side."""
-    return json.dumps(_no_nan({"schema_version": SCHEMA_VERSION, "models": [asdict(side) for side in sides]}), indent=1)
+    return json.dumps(
+        _no_nan({"schema_version": SCHEMA_VERSION, "models": [asdict(side) for side in sides]}), indent=1
+    )
 
 
 def figure_rows(comparison: Comparison) -> list[tuple[str, str, str]]:
     """(figure, original, quantized) for tables."""
-    names = dict.fromkeys(score.name for score in (*comparison.reference.scores, *comparison.candidate.scores))
+    names = dict.fromkeys(
+        score.name for score in (*comparison.reference.scores, *comparison.candidate.scores)
+    )
     found = [(name, _find(comparison.reference, name), _find(comparison.candidate, name)) for name in names]
     return [(name.replace("_", " "), before, after) for name, before, after in found]
 
@@ -70,5 +74,7 @@ def _no_nan(value: Any) -> Any:
 
 def _picture(comparison: Comparison) -> str:
     sides = (comparison.reference, comparison.candidate)
-    points = [Point(label=s.label, megabytes=s.value("size") / 1e6, quality=s.value("perplexity")) for s in sides]
+    points = [
+        Point(label=s.label, megabytes=s.value("size") / 1e6, quality=s.value("perplexity")) for s in sides
+    ]
     return quality_against_size(points, "perplexity (lower is better)", comparison.text)
