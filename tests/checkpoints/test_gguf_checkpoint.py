@@ -93,7 +93,7 @@ def test_a_tensor_owns_its_memory(llama):
         ("float(dtype='float16')", torch.float16),
         ("float(dtype='bfloat16')", torch.bfloat16),
         ("float(dtype='float32')", torch.float32),
-        ("int(bits=4, group=32)", torch.float16),
+        ("int(bits=4, group=32)", torch.bfloat16),
     ],
 )
 def test_dtype_is_what_kept_matrices_are_written_in(llama, tmp_path, format, dtype):

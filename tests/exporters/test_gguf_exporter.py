@@ -316,7 +316,7 @@ def test_codes_that_contradict_the_plan_are_refused(exported, tmp_path):
         ("qwen3", {"rope_parameters": LLAMA3}, "no rope scaling 'llama3' for qwen3"),
         ("qwen3", {"attention_bias": True}, "with attention_bias = False"),
         ("qwen3_moe", {"norm_topk_prob": False}, "with norm_topk_prob = True"),
-        ("gemma3_text", {}, r"by 1/sqrt\(16\), the model by 1/sqrt\(256\)"),
+        ("gemma3_text", {"query_pre_attn_scalar": 256}, r"by 1/sqrt\(16\), the model by 1/sqrt\(256\)"),
         ("gemma3_text", {**GEMMA, "layer_types": ["full_attention"] * 2}, "every 6th layer"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "with scale_attn_by_inverse_layer_idx = False"),
     ],
