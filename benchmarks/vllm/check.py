@@ -82,7 +82,9 @@ def measure(folder: str, text: str, window: int, windows: int | None, dtype: str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folders", nargs="+", metavar="FOLDER")
     parser.add_argument("--text", required=True, type=Path)
     parser.add_argument("--window", type=int, default=512, help="tokens of a window")

@@ -128,13 +128,15 @@ def float32_attention(monkeypatch):
     The engine does not do this: the fields move from release to release.
     """
     lib = llamacpp._library()
-    flash, keys, values = 52, 104, 108
+
+    def flash_keys_values(params):
+        return [ctypes.c_int32.from_buffer(params, offset) for offset in (52, 104, 108)]
+
+    if [field.value for field in flash_keys_values(lib.llama_context_default_params())] != [-1, 1, 1]:
+        pytest.skip("this xllamacpp has these fields elsewhere")
 
     def init(model, params, real=lib.llama_init_from_model):
-        fields = [ctypes.c_int32.from_buffer(params, offset) for offset in (flash, keys, values)]
-        if [field.value for field in fields] != [-1, 1, 1]:
-            pytest.skip("this xllamacpp has these fields elsewhere")
-        for field in fields:
+        for field in flash_keys_values(params):
             field.value = 0
         return real(model, params)
 
@@ -256,7 +258,7 @@ def test_a_damaged_header_is_refused(file, tmp_path):
 def test_a_failed_assertion_of_llamacpp_leaves_the_process_alive(model, engine, tmp_path, change):
     hostile = write_gguf(tmp_path / "hostile.gguf", model, **change)
     with LlamaCpp(threads=2) as refused:
-        with pytest.raises(EngineError, match="ASSERT"):
+        with pytest.raises(EngineError, match=r"\.cpp:\d+: "):
             refused.load(checkpoint(hostile))
         with pytest.raises(EngineError, match="call load first"):
             refused.logits([1])

@@ -281,7 +281,7 @@ class _AbortError(Exception):
     """An assertion inside llama.cpp failed."""
 
 
-_survivors: dict[int, Callable[[Exception], None]] = {}
+_survivors: dict[int, Callable[[BaseException], None]] = {}
 
 
 def _park(message: bytes) -> None:
@@ -296,20 +296,20 @@ _ON_LOG, _ON_ABORT = _LogCallback(_keep_errors), _AbortCallback(_park)
 """What the library holds on to: these must outlive it."""
 
 
-def _survive(work: Callable[[], None]) -> Exception | None:
+def _survive(work: Callable[[], None]) -> BaseException | None:
     """Runs something that llama.cpp may abort. Returns what went wrong.
 
     Metadata that contradicts itself trips assertions of llama.cpp, which end the process. The thread that
     meets one is left asleep for good, with what it had loaded.
     """
-    outcome: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+    outcome: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
 
     def attempt() -> None:
         _survivors[threading.get_ident()] = outcome.put
         try:
             work()
             outcome.put(None)
-        except Exception as error:
+        except BaseException as error:  # whatever it is, someone waits for it
             outcome.put(error)
         finally:
             del _survivors[threading.get_ident()]

@@ -231,7 +231,8 @@ def model_config(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
 def _tensors(checkpoint: Checkpoint, plan: Plan, codes: Codes) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the folder, one weight in memory at a time."""
     rows = {row.name: row for row in plan.quantized}
-    linears = {linear.name: linear for linear in checkpoint.linears()}
+    floats = [row.name for row in plan.quantized if scheme_of(row) is None]
+    linears = {linear.name: linear for linear in checkpoint.linears()} if floats else {}
     for name, info in checkpoint.tensors().items():
         if name not in rows:
             tensor = checkpoint.read(name)
