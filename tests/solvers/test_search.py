@@ -84,7 +84,7 @@ def test_the_best_scale_of_a_two_level_grid_is_found():
 def test_slabs_do_not_change_the_result(solver, monkeypatch):
     weight, format = weights(40, 96), build("format", "int(bits=4, group=32)")
     whole = build("solver", solver).solve(weight, format)
-    monkeypatch.setattr("poise.core.solver.SLAB", 96 * 7)
+    monkeypatch.setattr("poise.core.slabs.WEIGHTS", 96 * 7)
     slabs = build("solver", solver).solve(weight, format)
     assert torch.equal(whole.codes, slabs.codes)
 

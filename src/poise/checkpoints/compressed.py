@@ -51,18 +51,31 @@ class CompressedModules:
             infos[name] = TensorInfo(shape=tuple(int(n) for n in shape), stored=stored, nbytes=nbytes)
         return infos
 
-    def decode(self, name: str, read: Callable[[str], Tensor], rows: slice | None = None) -> Tensor:
-        """A weight, or some of its rows, as the library decodes it, in the dtype of its scales."""
+    def decode(self, name: str, read: Callable[..., Tensor], rows: slice | None = None) -> Tensor:
+        """A weight, or some of its rows, as the library decodes it, in the dtype of its scales.
+
+        Args:
+            read: reads a stored tensor, or a slice of its first axis if one is given.
+        """
         from compressed_tensors.compressors import BaseCompressor
 
         scheme = self._scheme(name)
         compressor = BaseCompressor.get_value_from_registry(self._format(scheme))
-        stored = {part.rpartition(".")[2]: read(part) for part in self.modules[name]}
-        wanted = slice(None)
-        if rows is not None:
-            stored, wanted = _some_rows(stored, scheme.weights.num_bits, rows)
+        stored = {}
+        start, stop, _ = (rows or slice(None)).indices(self._extents[f"{name}_scale"].shape[0])
+        first, last = _whole_words(start, stop)
+        for part in self.modules[name]:
+            key, packed = part.rpartition(".")[2], self._extents[part].dtype == torch.int32
+            if key == "weight_shape":
+                shape = read(part)
+                stored[key] = torch.stack((shape.new_tensor(min(last, int(shape[0])) - first), shape[1]))
+            elif key == "weight_zero_point" and packed:
+                bits = scheme.weights.num_bits
+                stored[key] = read(part, slice(first * bits // 32, -(-last * bits // 32)))
+            else:
+                stored[key] = read(part, slice(first, last))
         weight: Tensor = compressor.decompress(stored, scheme)["weight"]
-        return weight[wanted]
+        return weight[start - first : stop - first]
 
     def activations(self) -> dict[str, int]:
         """Modules whose inputs are rounded at run time, and to how many bits."""
@@ -89,19 +102,7 @@ class CompressedModules:
         raise CheckpointError(f"{name}: stored quantized, but no config group of config.json targets it")
 
 
-def _some_rows(stored: Mapping[str, Tensor], bits: int, rows: slice) -> tuple[dict[str, Tensor], slice]:
-    """The tensors of a layer cut to some outputs, so that a large one is decoded slab by slab.
-
-    Packed zero points run down the outputs, and 32 of them fill whole words: the cut is made there.
-
-    Returns:
-        The cut, and where in it the rows are that were asked for.
-    """
-    start, stop, _ = rows.indices(len(stored["weight_scale"]))
-    first, last = start // 32 * 32, min(-(-stop // 32) * 32, len(stored["weight_scale"]))
-    cut = {key: value[first:last] for key, value in stored.items()}
-    if "weight_shape" in stored:
-        cut["weight_shape"] = torch.tensor([last - first, int(stored["weight_shape"][1])])
-    if "weight_zero_point" in stored and stored["weight_zero_point"].dtype == torch.int32:
-        cut["weight_zero_point"] = stored["weight_zero_point"][first * bits // 32 : -(-last * bits // 32)]
-    return cut, slice(start - first, stop - first)
+def _whole_words(start: int, stop: int) -> tuple[int, int]:
+    """Widens a span of rows to multiples of 32: packed zero points run down the rows, and 32 of them fill
+    whole words whatever their bits."""
+    return start // 32 * 32, -(-stop // 32) * 32

@@ -110,6 +110,19 @@ class HuggingFaceCheckpoint(Checkpoint):
             return self._compressed.decode(name, self._raw)
         return self._raw(name)
 
+    def read_rows(self, linear: Linear, rows: slice) -> Tensor:
+        """Reads no more than these rows, unless the file stores the matrix transposed."""
+        if linear.transposed:
+            return self.read_matrix(linear)[rows]
+        start, stop, _ = rows.indices(linear.rows)
+        if self._compressed and linear.name in self._compressed.modules:
+            return self._compressed.decode(linear.name, self._raw, slice(start, stop))
+        per_matrix = 1 if linear.experts is None else linear.rows // linear.experts
+        if linear.experts is not None and (start % per_matrix or stop % per_matrix):
+            return self.read_matrix(linear)[rows]
+        found = self._raw(linear.name, slice(start // per_matrix, stop // per_matrix))
+        return found.reshape(stop - start, linear.columns)
+
     def linears(self) -> list[Linear]:
         return linears_of(self.skeleton, {name: info.shape for name, info in self._infos.items()})
 
@@ -193,9 +206,14 @@ class HuggingFaceCheckpoint(Checkpoint):
             raise CheckpointError(f"{self.path}: holds no floating-point weights")
         return max(totals, key=lambda dtype: totals[dtype])
 
-    def _raw(self, name: str) -> Tensor:
-        """Bytes of a tensor, into memory of its own."""
+    def _raw(self, name: str, part: slice | None = None) -> Tensor:
+        """A tensor, or the part of its first axis that is asked for, in memory of its own."""
         extent = self._extents[name]
+        if part is not None:
+            first, last, _ = part.indices(extent.shape[0])
+            width = extent.nbytes // max(1, extent.shape[0])
+            start, shape = extent.start + first * width, (last - first, *extent.shape[1:])
+            extent = extent._replace(shape=shape, start=start, nbytes=(last - first) * width)
         buffer = torch.empty(extent.nbytes, dtype=torch.uint8)
         view = memoryview(buffer.numpy())  # type: ignore[arg-type]  # numpy arrays are buffers
         with open(extent.file, "rb", buffering=0) as file:

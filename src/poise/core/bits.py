@@ -18,14 +18,16 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     if bits == 8:
         packed = codes
     elif bits == 4:
-        even = pad(codes, (0, columns % 2))
+        even = pad(codes, (0, 1)) if columns % 2 else codes
         packed = even[:, ::2] | (even[:, 1::2] << 4)
     else:
         eights = pad(codes, (0, -columns % 8)).view(rows, -(-columns // 8), 8).long()
         joined = (eights << torch.arange(0, 8 * bits, bits)).sum(-1, keepdim=True)
-        packed = joined.view(torch.uint8)[..., :bits].reshape(rows, eights.shape[1] * bits)
+        packed = joined.view(torch.uint8)[..., :bits].reshape(rows, eights.shape[1] * bits).contiguous()
     length = 4 * words(columns, bits)
-    packed = pad(packed, (0, max(0, length - packed.shape[1])))[:, :length]
+    if packed.shape[1] < length:
+        packed = pad(packed, (0, length - packed.shape[1]))
+    packed = packed[:, :length]
     return (
         packed.reshape(-1).view(torch.int32).view(rows, words(columns, bits))
     )  # flat: strides of 1-wide axes lie

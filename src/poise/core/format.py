@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 Params = Mapping[str, Tensor]
@@ -109,8 +108,8 @@ class QTensor:
         """The weight as float32, [rows, columns]."""
         return self.format.decode(self.codes, self.params)
 
-    def __getitem__(self, rows: slice) -> "QTensor":
-        """A slab of rows; parameters that all rows share stay as they are."""
+    def __getitem__(self, rows: slice | Tensor) -> "QTensor":
+        """Some rows; parameters that all rows share stay as they are."""
         params = {
             key: value[rows] if len(value) == len(self.codes) else value for key, value in self.params.items()
         }
@@ -127,14 +126,3 @@ class QTensor:
     def unpack(cls, stored: Mapping[str, Tensor], format: Format, columns: int) -> "QTensor":
         codes, params = format.unpack(stored, columns)
         return cls(codes=codes, params=params, format=format)
-
-    @classmethod
-    def cat(cls, parts: "list[QTensor]") -> "QTensor":
-        """Joins slabs of rows."""
-        if len(parts) == 1:
-            return parts[0]
-        return cls(
-            codes=torch.cat([part.codes for part in parts]),
-            params={key: torch.cat([part.params[key] for part in parts]) for key in parts[0].params},
-            format=parts[0].format,
-        )

@@ -1,18 +1,17 @@
 """The contract of a solver: (weight, Format, Stats) -> QTensor."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from threading import Lock
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from poise.core.errors import FormatError
 from poise.core.format import Format, Params, QTensor
-
-SLAB = 1 << 20
-"""Weights handled at once: 4 MB of float32, which stays in the cache of a core. Measured on two cores,
-rtn runs 1.0x at 2**22, 1.6x at 2**20 and 1.5x at 2**18 weights a slab."""
+from poise.core.slabs import map_slabs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,19 +69,35 @@ class Solver(ABC):
             raise FormatError(
                 f"{name}: {weight.shape[1]} columns, but statistics of {importance.shape[0]} inputs"
             )
-        step = (
-            max(1, SLAB // max(1, weight.shape[1]))
-            if format.rows_are_independent
-            else max(1, weight.shape[0])
-        )
-        parts = []
-        for start in range(0, max(1, weight.shape[0]), step):
-            slab = weight[start : start + step].float()
+
+        def solve(rows: slice) -> QTensor:
+            slab = weight[rows].float()
             if not bool(torch.isfinite(slab.sum())) and not bool(torch.isfinite(slab).all()):
-                raise FormatError(f"{name}: holds NaN or infinite weights; the checkpoint is damaged")
-            try:
-                codes, params = self.solve_slab(slab, format, importance)
-            except FormatError as error:
-                raise FormatError(f"{name}: {error}") from error
-            parts.append(QTensor(codes=codes, params=params, format=format))
-        return QTensor.cat(parts)
+                raise FormatError("holds NaN or infinite weights; the checkpoint is damaged")
+            codes, params = self.solve_slab(slab, format, importance)
+            return QTensor(codes=codes, params=params, format=format)
+
+        try:
+            return _by_slabs(solve, *weight.shape) if format.rows_are_independent else solve(slice(None))
+        except FormatError as error:
+            raise FormatError(f"{name}: {error}") from error
+
+
+def _by_slabs(solve: Callable[[slice], QTensor], rows: int, columns: int) -> QTensor:
+    """Solves slab by slab into tensors of the whole matrix, so that no code is in memory twice."""
+    lock = Lock()
+    whole: dict[str, Any] = {}
+
+    def fill(slab: slice) -> None:
+        part = solve(slab)
+        with lock:
+            if not whole:
+                shared = {"codes": part.codes, **part.params}
+                whole.update({key: value.new_empty(rows, *value.shape[1:]) for key, value in shared.items()})
+                whole["format"] = part.format
+        whole["codes"][slab] = part.codes
+        for key, value in part.params.items():
+            whole[key][slab] = value
+
+    map_slabs(fill, rows, columns)
+    return QTensor(codes=whole.pop("codes"), format=whole.pop("format"), params=whole)

@@ -23,6 +23,7 @@ from poise.core.format import Format
 from poise.core.linear import Linear
 from poise.core.plan import Plan
 from poise.core.registry import build, spec_of
+from poise.core.slabs import WEIGHTS
 from poise.layouts.gguf import Slot, architecture, slots
 from poise.layouts.gguf_blocks import FLOATS, Rows, block_of, pack, pack_floats
 from poise.layouts.gguf_header import ARRAY, Value, text, type_size, u32
@@ -183,8 +184,10 @@ def _parts(
                 f"{name}: the plan promises {tensor.type} {list(slot.shape)}, "
                 f"the codes are {spec_of(qtensor.format)} {list(qtensor.shape)}"
             )
-        rows, order = pack(qtensor), slot.row_order()
-        yield rows if order is None else rows[order.numpy()]
+        order = slot.row_order()
+        for start in range(0, slot.rows, step := max(1, WEIGHTS // slot.shape[-1])):
+            rows = slice(start, start + step)
+            yield pack(qtensor[rows if order is None else order[rows]])
 
 
 def _kept(tensor: _Tensor, slot: Slot, value: Tensor) -> Rows:

@@ -179,12 +179,8 @@ class Int(Format):
 
     def pack(self, codes: Tensor, params: Params) -> dict[str, Tensor]:
         """``packed`` int32 [rows, words] of codes minus the lowest one; ``zero_packed`` runs down rows."""
-        shifted = (
-            codes.view(torch.uint8) ^ 2 ** (self.bits - 1)
-            if self.bits == 8 and self.symmetric
-            else codes - self.lowest
-        )
-        stored = {"packed": pack_bits(shifted.view(torch.uint8), self.bits), **params}
+        shifted = codes.view(torch.uint8) + (-self.lowest & 255) if self.symmetric else codes  # wraps
+        stored = {"packed": pack_bits(shifted, self.bits), **params}
         if "zero" in params:
             stored["zero_packed"] = pack_bits(stored.pop("zero").T.contiguous(), self.bits)
         return stored
@@ -195,11 +191,9 @@ class Int(Format):
             rows = params["scale"].shape[0]
             params["zero"] = unpack_bits(stored["zero_packed"], self.bits, rows).T.contiguous()
         codes = unpack_bits(stored["packed"], self.bits, columns)
-        if not self.symmetric:
-            return codes, params
-        return (
-            codes.view(torch.int8) + self.lowest if self.bits < 8 else (codes ^ 128).view(torch.int8)
-        ), params
+        if self.symmetric:
+            codes = codes.sub_(-self.lowest & 255).view(torch.int8)  # wraps
+        return codes, params
 
     def _grouped(self, weight: Tensor) -> Tensor:
         """[rows, groups, group]; a shorter last group repeats its last column, which moves no extreme."""

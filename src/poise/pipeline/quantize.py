@@ -20,10 +20,11 @@ from poise.core.errors import ExportError, FormatError, PoiseError, UsageError
 from poise.core.exporter import Exporter
 from poise.core.format import QTensor
 from poise.core.linear import Linear
-from poise.core.plan import Plan, PlanRow, Recipe
+from poise.core.plan import Plan, Recipe
 from poise.core.registry import build, get, name_of, names
 from poise.core.run import Run, commit, peak_memory, versions
-from poise.core.solver import SLAB, Stats
+from poise.core.slabs import WEIGHTS, map_slabs
+from poise.core.solver import Stats
 from poise.pipeline.workspace import Workspace, explain_full_disk
 from poise.planning.planner import check_plan, make_plan
 from poise.planning.recipe import load_recipe
@@ -293,10 +294,11 @@ def _solve(
     done = 0
     for row in plan.quantized:
         if not workspace.has(row):
-            weight = checkpoint.read_matrix(linears[row.name])
             solver, format = build("solver", str(row.solver)), build("format", str(row.format))
-            known = stats.get(linears[row.name].input_group)
-            workspace.store(row, solver.solve(weight, format, known, name=row.name))
+            linear = linears[row.name]
+            known = stats.get(linear.input_group)
+            # The weight is not named here, so that it is gone before its codes are packed.
+            workspace.store(row, solver.solve(checkpoint.read_matrix(linear), format, known, name=row.name))
         done += row.rows * row.columns
         progress(f"quantize {row.name}", done, total)
 
@@ -346,23 +348,27 @@ def _read_back(
 
 def _compare_codes(exported: Checkpoint, linear: Linear, meant: QTensor) -> None:
     """Slab by slab: decoded weights are four times as large as what they were read from."""
-    for start in range(0, linear.rows, step := max(1, SLAB // linear.columns)):
-        rows = slice(start, start + step)
+
+    def differs(rows: slice) -> bool:
         got = exported.read_rows(linear, rows)
-        if not torch.equal(got, meant[rows].decode().to(got.dtype)):
-            raise ExportError(
-                f"{linear.name}: what {exported.path} decodes to is not what was meant; please report this"
-            )
+        return not torch.equal(got, meant[rows].decode().to(got.dtype))
 
-
-def _compare_kept(name: str, got: Tensor, original: Tensor) -> None:
-    meant = original.to(got.dtype)
-    if not torch.equal(got, meant):
-        raise ExportError(f"{name}: kept, but the exported copy differs; please report this")
-    if not bool(torch.isfinite(got).all()):
+    if any(map_slabs(differs, linear.rows, linear.columns)):
         raise ExportError(
-            f"{name}: holds values that {got.dtype} cannot represent; plan a wider float format for it"
+            f"{linear.name}: what {exported.path} decodes to is not what was meant; please report this"
         )
+
+
+def _compare_kept(name: str, got: Tensor, meant: Tensor) -> None:
+    if got.shape != meant.shape:
+        raise ExportError(f"{name}: kept, but the exported copy has another shape; please report this")
+    for part, wish in zip(*(torch.split(tensor.flatten(), WEIGHTS) for tensor in (got, meant)), strict=True):
+        if not torch.equal(part, wish.to(got.dtype)):
+            raise ExportError(f"{name}: kept, but the exported copy differs; please report this")
+        if not bool(torch.isfinite(part).all()):
+            raise ExportError(
+                f"{name}: holds values that {got.dtype} cannot represent; plan a wider float format for it"
+            )
 
 
 def _manifest(checkpoint: Checkpoint, exported: Checkpoint, job: _Job, run: Run, model: str) -> Manifest:
@@ -417,7 +423,7 @@ def _estimate_seconds(plan: Plan) -> float:
         key = (str(row.solver), str(row.format))
         weights[key] = weights.get(key, 0) + row.rows * row.columns
     total = 0.0
-    sample = torch.randn(SLAB // 1024, 1024, generator=torch.Generator().manual_seed(0))
+    sample = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))
     for (solver, format), count in weights.items():
         build("solver", solver).solve(sample[:8], build("format", format))
         start = time.perf_counter()

@@ -1,0 +1,39 @@
+"""Work on a matrix by slabs of rows, on all cores.
+
+A slab of float32 weights stays in a core's cache through the dozen passes that a format makes over it, and
+memory stays bounded. Every slab is one thread's work from start to end: threads meet once a matrix, not
+once an operation, so a machine that is busy with something else costs its share and no more.
+"""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+
+WEIGHTS = 1 << 18
+"""Weights of a slab: 1 MB of float32, the second-level cache of a core."""
+
+T = TypeVar("T")
+
+
+def map_slabs(work: Callable[[slice], T], rows: int, columns: int) -> list[T]:
+    """Results of ``work`` on consecutive slabs of rows, in order; at least one slab, perhaps an empty one."""
+    step = max(1, WEIGHTS // max(1, columns))
+    slabs = [slice(start, min(start + step, rows)) for start in range(0, max(1, rows), step)]
+    if len(slabs) == 1:
+        return [work(slabs[0])]
+    with _one_thread_each() as threads, ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(work, slabs))
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[int]:
+    """Makes operations single-threaded and yields how many threads they used before."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield threads
+    finally:
+        torch.set_num_threads(threads)
