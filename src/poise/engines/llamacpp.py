@@ -113,7 +113,7 @@ class LlamaCpp(Engine):
 
     reads: ClassVar[tuple[str, ...]] = ("gguf",)
     threads: int = 0
-    context: int = 2048
+    context: int = 512
 
     def __post_init__(self) -> None:
         if self.threads < 0 or self.context < 1:

@@ -20,8 +20,8 @@ from poise.core.errors import ExportError, FormatError, PoiseError, UsageError
 from poise.core.exporter import Exporter
 from poise.core.format import QTensor
 from poise.core.linear import Linear
-from poise.core.plan import Plan, Recipe
-from poise.core.registry import build, get, name_of, names
+from poise.core.plan import Plan, PlanRow, Recipe
+from poise.core.registry import build, get, name_of, names, parse_spec
 from poise.core.run import Run, commit, peak_memory, versions
 from poise.core.slabs import WEIGHTS, map_slabs
 from poise.core.solver import Stats
@@ -374,7 +374,7 @@ def _compare_kept(name: str, got: Tensor, meant: Tensor) -> None:
 def _manifest(checkpoint: Checkpoint, exported: Checkpoint, job: _Job, run: Run, model: str) -> Manifest:
     infos = exported.tensors()
     weights = sum(info.numel for info in infos.values())
-    planned = [infos[row.name] for row in job.plan.quantized if not str(row.format).startswith("float")]
+    planned = [infos[row.name] for row in job.plan.quantized if _is_quantized_linear(row)]
     linear_weights = sum(info.numel for info in planned)
     head, dirty = commit()
     return Manifest(
@@ -398,6 +398,11 @@ def _manifest(checkpoint: Checkpoint, exported: Checkpoint, job: _Job, run: Run,
         dirty=dirty,
         files={},
     )
+
+
+def _is_quantized_linear(row: PlanRow) -> bool:
+    """Tables that are looked up are not linears, and floats are not quantized."""
+    return row.role != "embedding" and parse_spec(str(row.format))[0] != "float"
 
 
 def _estimate(checkpoint: Checkpoint, job: _Job) -> Estimate:

@@ -53,7 +53,7 @@ def print_artifact(console: Console, artifact: Artifact) -> None:
     manifest = artifact.manifest
     console.print(
         f"[bold]{artifact.path}[/]: {manifest.weight_bytes / 1e6:.1f} MB, {manifest.bits_per_weight:.3f} bits per "
-        f"weight (source {manifest.source_bytes / 1e6:.1f} MB); quantized matrices {manifest.linear_bits_per_weight:.3f}; "
+        f"weight (source {manifest.source_bytes / 1e6:.1f} MB); quantized linears {manifest.linear_bits_per_weight:.3f}; "
         f"every tensor read back bit for bit"
     )
 
