@@ -18,10 +18,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from synthetic import make_checkpoint
 
 from poise.checkpoints import open_checkpoint
 from poise.core.registry import build
+from synthetic import make_checkpoint
 
 GROUP = 32
 

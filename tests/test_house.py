@@ -39,7 +39,7 @@ def test_core_needs_torch_and_the_standard_library_only():
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             outside = {n.split(".")[0] for n in names} - {*sys.stdlib_module_names, "torch", "poise"}
-            assert outside <= {"safetensors"}, f"{path.name} imports {outside}"
+            assert not outside, f"{path.name} imports {outside}"
 
 
 def test_core_stays_small_and_no_file_is_a_drawer():

@@ -107,8 +107,14 @@ def test_what_is_not_a_plan_is_refused(text):
 
 def test_a_plan_must_fit_model_and_exporter():
     made = plan(Rule(options=(INT4,)))
-    check_plan(made, LINEARS, lambda *_: None)
+    assert check_plan(made, LINEARS, lambda *_: None, "float16") == made
     with pytest.raises(UsageError, match="router is only in the plan"):
-        check_plan(made, LINEARS[:3], lambda *_: None)
+        check_plan(made, LINEARS[:3], lambda *_: None, "float16")
     with pytest.raises(UsageError, match=r"embed: the plan asks for .*but no 4 bits here"):
-        check_plan(made, LINEARS, refuse_four_bits)
+        check_plan(made, LINEARS, refuse_four_bits, "float16")
+
+
+def test_a_hand_written_plan_is_settled_like_a_recipe():
+    made = plan(Rule(options=(INT4,)))
+    by_hand = Plan.from_json(made.to_json().replace(", scale='float16'", ""))
+    assert check_plan(by_hand, LINEARS, lambda *_: None, "float16") == made

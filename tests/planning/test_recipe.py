@@ -31,6 +31,10 @@ def test_shipped_recipes_load():
         ("description: x\nrules: [{options: [float], solver: magic}]", "no solver named 'magic'"),
         ("description: x\nrules: [{role: head}]", "either options or keep"),
         ("description: x\nrules: [{keep: true, options: [float]}]", "either options or keep"),
+        (
+            "description: x\nrules: [{keep: true}]\ngates: {speed: 3}",
+            "gates.speed: unknown gate; there is size_reduction",
+        ),
         ("rules: []", "description"),
         ("[1, 2]", "valid dictionary"),
         ("a: b: c", "not YAML"),

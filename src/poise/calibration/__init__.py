@@ -1,1 +1,1 @@
-"""Texts that models are measured on."""
+"""Texts that models read, and what is learned while they do."""

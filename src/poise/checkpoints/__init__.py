@@ -14,7 +14,7 @@ WEIGHTS = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model", "vocab.txt",
 def open_checkpoint(source: str | Path) -> Checkpoint:
     """The model at a folder, a ``.gguf`` file, or a hub id ``org/name[@revision]`` (also ``hf://``).
 
-    Hub ids are looked up in the local cache first and downloaded if allowed (``HF_HUB_OFFLINE``).
+    Hub ids go through the hub's cache; with ``HF_HUB_OFFLINE`` only what is cached is used.
 
     Raises:
         CheckpointError: nothing is there, or it is not a model that Poise reads.

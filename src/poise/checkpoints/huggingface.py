@@ -265,7 +265,7 @@ def _header(path: Path) -> dict[str, _Extent]:
 
 
 def _samples(path: Path) -> Iterator[bytes]:
-    """Size, header and three samples of a file: cheap, and different for every different model."""
+    """Size, header and three samples of a file."""
     size = path.stat().st_size
     yield str(size).encode()
     with open(path, "rb") as file:

@@ -13,6 +13,7 @@ app = typer.Typer(
     name="poise",
     help="Quantize language models, prove what was lost, run them on the engines people use.",
     no_args_is_help=True,
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 app.command("quantize")(quantize.run)

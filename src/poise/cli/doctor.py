@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from poise.cli import terminal
 
@@ -26,16 +27,15 @@ class Finding:
 
 
 def run(as_json: Annotated[bool, typer.Option("--json", help="print JSON, for bug reports")] = False) -> None:
-    """Check the environment: versions, engines, memory, disk. Exit code 5 if something needed is missing."""
+    """Check the environment: versions, engines, memory, disk. Exit code 5 if Python is too old."""
     findings = [*_packages(), *_engines(), *_machine()]
     if as_json:
         print(json.dumps({"schema_version": 1, "findings": [asdict(f) for f in findings]}, indent=1))
     else:
         for finding in findings:
             mark = "[green]ok[/]  " if finding.ok else "[yellow]miss[/]"
-            terminal.out.print(
-                f"{mark} {finding.what}: {finding.found}{'  ->  ' + finding.advice if finding.advice else ''}"
-            )
+            advice = f"  ->  {escape(finding.advice)}" if finding.advice else ""
+            terminal.out.print(f"{mark} {finding.what}: {escape(finding.found)}{advice}")
     if any(not finding.ok for finding in findings if finding.what == "python"):
         raise typer.Exit(ENVIRONMENT_MISSING)
 

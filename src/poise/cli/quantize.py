@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 
 from poise.cli import terminal
 
@@ -76,7 +77,7 @@ def _show_estimates(estimates: list["Estimate"], as_json: bool) -> None:
     for estimate in estimates:
         console.print_plan(terminal.out, estimate.plan)
         terminal.out.print(
-            f"[bold]{estimate.out}[/] would take {estimate.artifact_bytes / 1e6:.1f} MB "
+            f"[bold]{escape(str(estimate.out))}[/] would take {estimate.artifact_bytes / 1e6:.1f} MB "
             f"(source {estimate.source_bytes / 1e6:.1f} MB), about {estimate.seconds:.0f} s, "
             f"{estimate.memory / 1e9:.2f} GB of memory and {estimate.disk / 1e6:.1f} MB of disk while it is made "
             f"({estimate.free_disk / 1e9:.1f} GB are free)"

@@ -65,7 +65,8 @@ class Checkpoint(ABC):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Hash that changes when the model's files do."""
+        """Hash of the files' sizes, headers and samples: cheap, and different for different models, but not
+        proof against a single changed weight."""
 
     @abstractmethod
     def tokenizer(self) -> Any:
@@ -92,7 +93,7 @@ class Checkpoint(ABC):
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all files that hold weights."""
+        """Bytes of all tensors in the files."""
         return sum(info.nbytes for info in self.tensors().values())
 
     def read_matrix(self, linear: Linear) -> Tensor:

@@ -5,6 +5,19 @@ from dataclasses import dataclass
 
 from poise.core.metric import Score
 
+DEFAULT_GATES = {
+    "size_reduction": 0.5,
+    "memory_reduction": 0.5,
+    "latency_reduction": 0.5,
+    "perplexity_ratio": 1.02,
+    "kl": 0.05,
+}
+"""Acceptance ranges of the field; a recipe adds its own. Costs saved, at least; losses, at most."""
+AT_MOST = ("perplexity_ratio", "kl")
+QUALITY = ("perplexity_ratio", "kl", "quality_kept")
+GATES = (*DEFAULT_GATES, "linear_reduction", "decode_speedup", "throughput_gain", "quality_kept")
+"""Every figure that a gate can be set on."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Gate:

@@ -87,8 +87,9 @@ class LogitMetric(Metric):
         scored = values[torch.isfinite(values)]
         n = len(scored)
         if n == 0:
+            protocol = f"{self.protocol}, {windows}"
             return Score(
-                name=name, value=float("nan"), unit=self.unit, protocol=windows, n=0, n_unscored=len(samples)
+                name=name, value=float("nan"), unit=self.unit, protocol=protocol, n=0, n_unscored=len(samples)
             )
         picks = torch.randint(n, (BOOTSTRAP, n), generator=torch.Generator().manual_seed(seed))
         means = self.combine(scored[picks])

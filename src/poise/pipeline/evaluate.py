@@ -13,28 +13,15 @@ from poise.calibration.text import load_text
 from poise.checkpoints import open_checkpoint
 from poise.core.artifact import Artifact, find_artifact
 from poise.core.checkpoint import Checkpoint
-from poise.core.comparison import Comparison, Gate, Side
+from poise.core.comparison import AT_MOST, DEFAULT_GATES, QUALITY, Comparison, Gate, Side
 from poise.core.engine import Engine
 from poise.core.errors import EngineError, PoiseError, UsageError
-from poise.core.metric import LogitMetric, Score, Subject
-from poise.core.registry import build, get
+from poise.core.metric import LogitMetric, Score, Subject, SystemMetric
+from poise.core.registry import build, get, names
 from poise.core.run import peak_memory, resident_memory, versions
 from poise.pipeline.quantize import Progress, silent
 from poise.reports.card import model_card
 from poise.reports.report import write_report
-
-FIDELITY = ("perplexity-ratio", "kl", "top1")
-EFFICIENCY = ("memory", "latency")
-DEFAULT_GATES = {
-    "size_reduction": 0.5,
-    "memory_reduction": 0.5,
-    "latency_reduction": 0.5,
-    "perplexity_ratio": 1.02,
-    "kl": 0.05,
-}
-"""Acceptance ranges of the field; a recipe adds its own. Costs saved, at least; losses, at most."""
-AT_MOST = {"perplexity_ratio", "kl"}
-QUALITY = {"perplexity_ratio", "kl", "quality_kept"}
 
 
 def evaluate(
@@ -74,7 +61,9 @@ def evaluate(
     samples = _fidelity(models, engines, cut, progress)
     protocol = f"windows of {window} tokens, not overlapping, computed in float32 where the engine is torch"
     sides = _sides(models, engines, [reference, candidate], samples, protocol, efficiency, progress)
-    scores = tuple(_logit_metric(name).score(_key(name), samples[name], protocol) for name in FIDELITY)
+    scores = tuple(
+        _logit_metric(name).score(_key(name), samples[name], protocol) for name in _fidelity_names()
+    )
     comparison = Comparison(
         reference=sides[0],
         candidate=sides[1],
@@ -106,7 +95,7 @@ def bench(
         raise UsageError(f"{len(sources)} models but {len(engines)} engines: give one for each, or none")
     models = [open_checkpoint(_model(source)) for source in sources]
     chosen = list(engines) or [default_engine(model) for model in models]
-    return _measure(models, chosen, sources, ("size", *EFFICIENCY), progress)
+    return _measure(models, chosen, sources, _system_names(), progress)
 
 
 def probe(source: str | Path, engine: str) -> dict[str, int]:
@@ -137,6 +126,19 @@ def _model(source: str | Path) -> str | Path:
 
 def _key(name: str) -> str:
     return name.replace("-", "_")
+
+
+def _fidelity_names() -> list[str]:
+    """Metrics of the candidate against the reference: all that read logits but the candidate's own one."""
+    return [
+        name
+        for name in names("metric")
+        if issubclass(get("metric", name), LogitMetric) and name != "perplexity"
+    ]
+
+
+def _system_names() -> list[str]:
+    return [name for name in names("metric") if issubclass(get("metric", name), SystemMetric)]
 
 
 def _logit_metric(name: str) -> LogitMetric:
@@ -185,8 +187,10 @@ def _fidelity(
     models: list[Checkpoint], engines: list[str], windows: list[list[int]], progress: Progress
 ) -> dict[str, list[float]]:
     """Scores of every window: fidelity, and the perplexity of both sides."""
-    samples: dict[str, list[float]] = {name: [] for name in (*FIDELITY, "perplexity", "reference-perplexity")}
-    metrics = {name: _logit_metric(name) for name in (*FIDELITY, "perplexity")}
+    samples: dict[str, list[float]] = {
+        name: [] for name in (*_fidelity_names(), "perplexity", "reference-perplexity")
+    }
+    metrics = {name: _logit_metric(name) for name in (*_fidelity_names(), "perplexity")}
     with _started(engines[0], models[0]) as original, _started(engines[1], models[1]) as quantized:
         for number, window in enumerate(windows, 1):
             p, q = original.logits(window)[:-1], quantized.logits(window)[:-1]
@@ -216,7 +220,7 @@ def _sides(
     own = [
         metric.score("perplexity", samples[key], protocol) for key in ("reference-perplexity", "perplexity")
     ]
-    measured = _measure(models, engines, sources, ("size", *(EFFICIENCY if efficiency else ())), progress)
+    measured = _measure(models, engines, sources, _system_names() if efficiency else ["size"], progress)
     return [
         Side(
             label=side.label,
@@ -268,9 +272,6 @@ def _gated(comparison: Comparison, artifact: Artifact | None) -> Comparison:
     """Adds every gate, default and of the recipe, with what was measured for it."""
     wanted = {**DEFAULT_GATES, **(artifact.manifest.gates if artifact else {})}
     figures = _figures(comparison, artifact)
-    unknown = sorted(set(wanted) - set(figures))
-    if unknown:
-        raise UsageError(f"unknown gate {unknown[0]!r}: there is {', '.join(figures)}")
     gates = tuple(
         Gate(
             name=name,

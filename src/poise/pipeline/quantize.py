@@ -202,8 +202,8 @@ def _job(
     if isinstance(wish, Plan):
         if wish.exporter != name_of(exporter):
             raise UsageError(f"the plan is for {wish.exporter}, not for {name_of(exporter)}")
-        check_plan(wish, linears, exporter.accepts)
-        return _Job(out=out, exporter=exporter, plan=wish, gates={})
+        plan = check_plan(wish, linears, exporter.accepts, exporter.scale_dtype(checkpoint))
+        return _Job(out=out, exporter=exporter, plan=plan, gates={})
     plan = make_plan(wish, linears, name_of(exporter), exporter.accepts, exporter.scale_dtype(checkpoint))
     return _Job(out=out, exporter=exporter, plan=plan, gates=wish.gates)
 
@@ -242,6 +242,7 @@ def _finished(job: _Job, key: dict[str, str]) -> Artifact | None:
         same = (
             artifact.manifest.plan_hash == key["plan"]
             and artifact.manifest.source_fingerprint == key["source"]
+            and artifact.manifest.calibration in (None, key["calibration"])
         )
         if same and not artifact.damaged():
             return artifact

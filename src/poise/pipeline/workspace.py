@@ -103,7 +103,7 @@ class Workspace:
         return self.path / "stats.safetensors"
 
     def _file(self, row: PlanRow) -> Path:
-        """One file for what determines the codes, so that exporters with the same wish share it."""
+        """One file for what determines the codes."""
         what = hashlib.sha256(f"{row.name}\n{row.format}\n{row.solver}".encode()).hexdigest()[:16]
         return self.codes_folder / f"{row.name[:120].replace('/', '_')}-{what}.safetensors"
 

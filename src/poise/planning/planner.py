@@ -5,6 +5,7 @@ exporter stores exactly is planned; if it takes none, the matrix is kept, and th
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from poise.core.errors import UsageError
@@ -45,8 +46,8 @@ def make_plan(
     return Plan(recipe=recipe.name, exporter=exporter, rows=tuple(rows))
 
 
-def check_plan(plan: Plan, linears: Sequence[Linear], accepts: Accepts) -> None:
-    """A plan that was read from a file must fit the model and the exporter.
+def check_plan(plan: Plan, linears: Sequence[Linear], accepts: Accepts, scale_dtype: str) -> Plan:
+    """A plan that was read from a file, with its formats settled; it must fit the model and the exporter.
 
     Raises:
         UsageError: names the first matrix that does not fit.
@@ -57,13 +58,22 @@ def check_plan(plan: Plan, linears: Sequence[Linear], accepts: Accepts) -> None:
         raise UsageError(
             f"the plan is for another model: {name} is only in the {'plan' if name in wanted else 'model'}"
         )
-    for linear in linears:
-        row = plan.row(linear.name)
-        if row is None or row.format is None:
-            continue
-        reason = accepts(linear, build("format", row.format), row.activations)
-        if reason:
-            raise UsageError(f"{row.name}: the plan asks for {row.format}, but {reason}")
+    rows = [plan.row(linear.name) for linear in linears]
+    settled = [
+        _settled(row, linear, accepts, scale_dtype) for row, linear in zip(rows, linears, strict=True) if row
+    ]
+    return replace(plan, rows=tuple(settled))
+
+
+def _settled(row: PlanRow, linear: Linear, accepts: Accepts, scale_dtype: str) -> PlanRow:
+    if row.format is None:
+        return row
+    format = build("format", row.format).resolve(scale_dtype)
+    build("solver", str(row.solver))
+    reason = accepts(linear, format, row.activations)
+    if reason:
+        raise UsageError(f"{row.name}: the plan asks for {row.format}, but {reason}")
+    return replace(row, format=spec_of(format))
 
 
 def _matches(rule: Rule, linear: Linear) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from poise.core.comparison import GATES
 from poise.core.errors import UsageError
 from poise.core.plan import Option, Recipe, Rule
 from poise.core.registry import build
@@ -79,6 +80,9 @@ def _parse(text: str, name: str, where: str) -> Recipe:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         raise UsageError(f"{where}: {place}: {first['msg']}{_nearest(first)}") from error
+    for gate in data.gates:
+        if gate not in GATES:
+            raise UsageError(f"{where}: gates.{gate}: unknown gate; there is {', '.join(GATES)}")
     rules = tuple(_rule(rule, f"{where}: rule {number}") for number, rule in enumerate(data.rules, 1))
     return Recipe(name=name, description=data.description, rules=rules, gates=data.gates)
 

@@ -1,6 +1,7 @@
 """Tables for a terminal."""
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from poise.core.artifact import Artifact
@@ -19,7 +20,7 @@ VERDICTS = {
 def print_plan(console: Console, plan: Plan) -> None:
     """Matrices by format; every kept one, and every wish that was not met, with its reason."""
     table = Table(
-        "format", "solver", "matrices", "weights", "roles", title=f"{plan.recipe} for {plan.exporter}"
+        "format", "solver", "matrices", "weights", "roles", title=escape(f"{plan.recipe} for {plan.exporter}")
     )
     groups: dict[tuple[str, str], list[PlanRow]] = {}
     for row in plan.rows:
@@ -33,7 +34,9 @@ def print_plan(console: Console, plan: Plan) -> None:
     for reason, rows in _remarks(plan).items():
         roles = ", ".join(dict.fromkeys(row.role for row in rows))
         console.print(
-            f"  {len(rows)} x {roles}: {reason}", style="yellow" if rows[0].kept else "dim", highlight=False
+            escape(f"  {len(rows)} x {roles}: {reason}"),
+            style="yellow" if rows[0].kept else "dim",
+            highlight=False,
         )
 
 
@@ -52,7 +55,7 @@ def print_artifact(console: Console, artifact: Artifact) -> None:
     """What was made, in one line."""
     manifest = artifact.manifest
     console.print(
-        f"[bold]{artifact.path}[/]: {manifest.weight_bytes / 1e6:.1f} MB, {manifest.bits_per_weight:.3f} bits per "
+        f"[bold]{escape(str(artifact.path))}[/]: {manifest.weight_bytes / 1e6:.1f} MB, {manifest.bits_per_weight:.3f} bits per "
         f"weight (source {manifest.source_bytes / 1e6:.1f} MB); quantized linears {manifest.linear_bits_per_weight:.3f}; "
         f"every tensor read back bit for bit"
     )
@@ -61,7 +64,9 @@ def print_artifact(console: Console, artifact: Artifact) -> None:
 def print_checkpoint(console: Console, checkpoint: Checkpoint) -> None:
     """One row a role and storage type, and the tensors that are not matrices in one row."""
     linears = {linear.name: linear for linear in checkpoint.linears()}
-    table = Table("role", "stored as", "tensors", "weights", "bytes", "bits/weight", title=checkpoint.source)
+    table = Table(
+        "role", "stored as", "tensors", "weights", "bytes", "bits/weight", title=escape(checkpoint.source)
+    )
     groups: dict[tuple[str, str], list[tuple[int, int]]] = {}
     for name, info in checkpoint.tensors().items():
         role = "+".join(linears[name].roles) if name in linears else "norms, biases, tables"
@@ -76,7 +81,7 @@ def print_checkpoint(console: Console, checkpoint: Checkpoint) -> None:
 def print_tensors(console: Console, checkpoint: Checkpoint) -> None:
     """Every tensor on a line of its own."""
     linears = {linear.name: linear for linear in checkpoint.linears()}
-    table = Table("tensor", "shape", "role", "stored as", "bytes", title=checkpoint.source)
+    table = Table("tensor", "shape", "role", "stored as", "bytes", title=escape(checkpoint.source))
     for name, info in checkpoint.tensors().items():
         role = "+".join(linears[name].roles) if name in linears else ""
         table.add_row(name, "x".join(map(str, info.shape)), role, info.stored, f"{info.nbytes:,}")
@@ -85,7 +90,9 @@ def print_tensors(console: Console, checkpoint: Checkpoint) -> None:
 
 def print_comparison(console: Console, comparison: Comparison) -> None:
     """Every figure beside its gate."""
-    table = Table("gate", "measured", "asked", "", title=f"{comparison.candidate.label} on {comparison.text}")
+    table = Table(
+        "gate", "measured", "asked", "", title=escape(f"{comparison.candidate.label} on {comparison.text}")
+    )
     for gate in comparison.gates:
         name = gate.name.replace("_", " ") + (" [bold](decides)[/]" if gate.quality else "")
         table.add_row(name, human(gate.value, ""), gate.limit, VERDICTS[gate.verdict])
@@ -115,4 +122,4 @@ def print_sides(console: Console, sides: list[Side]) -> None:
 
 
 def _column(side: Side) -> str:
-    return f"{side.label}\n{side.engine}"
+    return escape(f"{side.label}\n{side.engine}")
