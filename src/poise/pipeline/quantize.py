@@ -38,6 +38,9 @@ SHARD = 500_000_000
 CALIBRATION_WINDOW = 256
 """Tokens of a window of calibration text."""
 
+CALIBRATION_TOKENS = 2500
+"""Tokens of the built-in calibration text, about; for estimates."""
+
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total) while work goes on."""
 
@@ -51,8 +54,9 @@ class Estimate:
     """What a run would do and need, told before anything is done.
 
     Attributes:
-        seconds: solving time, from a sample of every distinct (solver, format); plus copying.
-        memory: peak resident bytes: the largest tensor in the forms it takes, on top of this process.
+        seconds: solving time, from a sample of every distinct (solver, format); calibration and copying.
+        memory: peak resident bytes on top of this process: the largest tensor in the forms it takes and a
+            shard, or the whole model if it is calibrated.
         disk: bytes that are written, unfinished state included.
     """
 
@@ -410,19 +414,35 @@ def _estimate(checkpoint: Checkpoint, job: _Job) -> Estimate:
     artifact_bytes = _artifact_bytes(checkpoint, job.plan)
     infos = checkpoint.tensors()
     largest = max(infos[row.name].nbytes + 2 * infos[row.name].numel for row in job.plan.rows)
+    calibration_seconds, calibration_memory = (
+        _calibration_cost(checkpoint) if _wants_stats(job.plan) else (0.0, 0)
+    )
     return Estimate(
         out=job.out,
         plan=job.plan,
         source_bytes=checkpoint.total_bytes,
         artifact_bytes=artifact_bytes,
-        seconds=_estimate_seconds(job.plan) + checkpoint.total_bytes / COPY_RATE,
-        memory=peak_memory() + largest + SHARD,
+        seconds=_solving_seconds(job.plan) + checkpoint.total_bytes / COPY_RATE + calibration_seconds,
+        memory=peak_memory() + max(largest + SHARD, calibration_memory),
         disk=2 * artifact_bytes,
         free_disk=_free_disk(job.out),
     )
 
 
-def _estimate_seconds(plan: Plan) -> float:
+def _calibration_cost(checkpoint: Checkpoint) -> tuple[float, int]:
+    """Seconds and bytes of reading the built-in text: two operations a weight and token, at the rate of a
+    product of matrices that is timed here; the whole model in memory."""
+    weights = sum(info.numel for info in checkpoint.tensors().values())
+    dtype = torch.float32 if checkpoint.dtype == torch.float32 else torch.bfloat16
+    x, w = torch.ones(CALIBRATION_WINDOW, 2048, dtype=dtype), torch.ones(2048, 2048, dtype=dtype)
+    x @ w
+    start = time.perf_counter()
+    x @ w
+    rate = 2 * x.numel() * 2048 / (time.perf_counter() - start)
+    return 2 * weights * CALIBRATION_TOKENS / rate, weights * dtype.itemsize
+
+
+def _solving_seconds(plan: Plan) -> float:
     """Times every distinct (solver, format) on one slab of random weights."""
     weights: dict[tuple[str, str], int] = {}
     for row in plan.quantized:
