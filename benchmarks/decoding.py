@@ -30,7 +30,9 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        poise.quantize(arguments.model or default_model(), "original", work / "original", to="compressed-tensors")
+        poise.quantize(
+            arguments.model or default_model(), "original", work / "original", to="compressed-tensors"
+        )
         poise.quantize(work / "original", "float16", work / "float16", to="gguf")
         poise.quantize(work / "original", "mobile", work / "mobile", to="gguf")
         sides = poise.bench([work / "original", work / "float16", work / "mobile"])

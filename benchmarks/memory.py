@@ -30,7 +30,9 @@ def main() -> None:
     arguments = parser.parse_args()
     work = Path(tempfile.mkdtemp(dir=arguments.folder))
     print(f"bar: {BAR / 1e9:.2f} GB (1.5 GB + 2 x the largest tensor of {LARGEST / 1e9:.2f} GB)")
-    print(f"{'exporter':<20}{'layers':>7}{'source GB':>11}{'peak GB':>9}{'of the bar':>12}{'seconds':>9}{'MB/s':>7}")
+    print(
+        f"{'exporter':<20}{'layers':>7}{'source GB':>11}{'peak GB':>9}{'of the bar':>12}{'seconds':>9}{'MB/s':>7}"
+    )
     peaks: dict[str, list[float]] = {}
     try:
         for layers in arguments.layers:
@@ -56,7 +58,9 @@ def quantize(source: Path, exporter: str, out: Path) -> tuple[float, float]:
     start = time.perf_counter()
     command = [sys.executable, "-m", "poise", "quantize", str(source), "--recipe", str(RECIPE)]
     subprocess.run(
-        [*command, "--to", exporter, "-o", str(out), "--force", "--json"], check=True, stdout=subprocess.DEVNULL
+        [*command, "--to", exporter, "-o", str(out), "--force", "--json"],
+        check=True,
+        stdout=subprocess.DEVNULL,
     )
     seconds = time.perf_counter() - start
     record = json.loads(out.with_name(out.name + ".run.json").read_text())

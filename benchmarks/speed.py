@@ -75,7 +75,9 @@ def measure(source: Path, work: Path, rounds: int) -> None:
             way()
             seconds[name].append(time.perf_counter() - start)
     base = statistics.median(seconds["poise rtn, read, solve and pack"][1:])
-    print(f"{nbytes / 1e6:.0f} MB of bf16 weights, {torch.get_num_threads()} threads, {rounds} rounds, medians")
+    print(
+        f"{nbytes / 1e6:.0f} MB of bf16 weights, {torch.get_num_threads()} threads, {rounds} rounds, medians"
+    )
     for name, values in seconds.items():
         middle = statistics.median(values[1:])
         print(f"{name:<34}{nbytes / middle / 1e6:>8.0f} MB/s{base / middle:>8.2f}x poise")

@@ -6,14 +6,19 @@ Quantizes a model with 4-bit weights (W4A16) and with 8-bit weights and activati
 windows of text in vLLM and in Poise's torch engine, prints both perplexities, and fails unless they agree.
 The unquantized model comes along: how far it is off is what vLLM's own arithmetic makes.
 
-vLLM lives in an environment of its own, ``.venv-vllm`` in the repository, made on the first run (3.4 GB on disk).
-See ``benchmarks/vllm/README.md``.
+Rounded activations make perplexity chaotic: a scale that differs in its seventh digit turns some codes, and
+that moves single windows by a percent to either side. So the difference is judged with its standard error
+over windows: it fails when it exceeds the tolerance by more than two of them.
+
+vLLM lives in an environment of its own, ``.venv-vllm`` in the repository, made on the first run (3.4 GB on
+disk). See ``benchmarks/vllm/README.md``.
 """
 
 import argparse
 import importlib.util
 import json
 import math
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -101,16 +106,19 @@ def in_vllm(python: Path, folder: Path, case: Case, options: argparse.Namespace)
     return result
 
 
-def in_torch(folder: Path, windows: list[list[int]]) -> float:
-    """Perplexity in float32 with the weights as they are decoded from the folder."""
-    total = tokens = 0.0
+def in_torch(folder: Path, windows: list[list[int]]) -> list[float]:
+    """Perplexity of each window in float32, with the weights as they are decoded from the folder."""
     with build("engine", "torch") as engine:
         engine.load(open_checkpoint(folder))
-        for window in windows:
-            logits = engine.logits(window)[:-1]
-            total += float(cross_entropy(logits, torch.tensor(window[1:]), reduction="sum"))
-            tokens += len(window) - 1
-    return math.exp(total / tokens)
+        logits = (engine.logits(window)[:-1] for window in windows)
+        losses = [cross_entropy(p, torch.tensor(w[1:])) for p, w in zip(logits, windows, strict=True)]
+    return [math.exp(float(loss)) for loss in losses]
+
+
+def compare(ours: list[float], theirs: list[float]) -> tuple[float, float]:
+    """Mean over windows of log(theirs / ours), and its standard error."""
+    differences = [math.log(b / a) for a, b in zip(ours, theirs, strict=True)]
+    return statistics.mean(differences), statistics.stdev(differences) / math.sqrt(len(differences))
 
 
 def windows_of(folder: Path, options: argparse.Namespace) -> list[list[int]]:
@@ -138,34 +146,59 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def verify(case: Case, python: Path, folder: Path, options: argparse.Namespace) -> tuple[list[str], bool]:
+    """A row of the table, and whether the engines agree."""
+    artifact = quantized(options.model or default_model(), case, folder)
+    theirs = in_vllm(python, artifact.path, case, options)
+    cut = windows_of(artifact.path, options)
+    if len(theirs["windows"]) != len(cut) or len(cut) < 2:
+        raise SystemExit(
+            f"{case.name}: vLLM scored {len(theirs['windows'])} windows, Poise {len(cut)}; 2 are needed"
+        )
+    ours = in_torch(artifact.path, cut)
+    mean, error = compare(ours, theirs["windows"])
+    poise_perplexity = statistics.geometric_mean(ours)
+    row = [
+        case.name,
+        f"{artifact.manifest.bits_per_weight:.2f}",
+        theirs["dtype"],
+        f"{poise_perplexity:.4f}",
+        f"{theirs['perplexity']:.4f}",
+        f"{theirs['perplexity'] / poise_perplexity:.5f}",
+        f"{error:.5f}",
+    ]
+    return row, abs(mean) <= options.tolerance + 2 * error
+
+
 def main() -> None:
     options = arguments()
     console = Console(width=110)
     python = options.python or vllm_python(console)
-    table = Table("stored as", "bits per weight", "vLLM computes in", "Poise", "vLLM", "vLLM / Poise")
-    worst = 0.0
+    columns = (
+        "stored as",
+        "bits per weight",
+        "vLLM computes in",
+        "Poise",
+        "vLLM",
+        "vLLM / Poise",
+        "std. error",
+    )
+    table, failed = Table(*columns), []
     with tempfile.TemporaryDirectory() as folder:
         for case in CASES:
-            artifact = quantized(options.model or default_model(), case, Path(folder))
-            theirs = in_vllm(python, artifact.path, case, options)
-            cut = windows_of(artifact.path, options)
-            if theirs["tokens"] != sum(len(window) - 1 for window in cut):
-                raise SystemExit(f"{case.name}: vLLM scored {theirs['tokens']} tokens, not the same windows")
-            ours = in_torch(artifact.path, cut)
-            ratio = theirs["perplexity"] / ours
-            worst = max(worst, abs(ratio - 1))
-            bits = f"{artifact.manifest.bits_per_weight:.2f}"
-            table.add_row(
-                case.name, bits, theirs["dtype"], f"{ours:.4f}", f"{theirs['perplexity']:.4f}", f"{ratio:.5f}"
-            )
+            row, agree = verify(case, python, Path(folder), options)
+            table.add_row(*row)
+            failed += [] if agree else [case.name]
     console.print(table)
     console.print(
-        f"perplexity of {theirs['tokens']} tokens of {options.text.name}, windows of {options.window}"
+        f"perplexity of up to {options.windows} windows of {options.window} tokens, {options.text.name}"
     )
-    if not worst <= options.tolerance:
-        console.print(f"[red]FAIL[/red]: they differ by {worst:.2%}, more than {options.tolerance:.2%}")
+    if failed:
+        console.print(
+            f"FAIL: {', '.join(failed)} differ by more than {options.tolerance:.2%} beyond the noise"
+        )
         sys.exit(1)
-    console.print(f"PASS: they agree to {worst:.3%}, within {options.tolerance:.2%}")
+    console.print(f"PASS: vLLM and Poise agree, within {options.tolerance:.2%} beyond the noise of rounding")
 
 
 if __name__ == "__main__":

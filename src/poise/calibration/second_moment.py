@@ -43,8 +43,8 @@ class SecondMoments:
     def _recorder(self, path: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def record(_: nn.Module, args: tuple[Any, ...]) -> None:
             x = args[0]
-            if not x.is_floating_point():
-                return  # an embedding reads token numbers
+            if not x.is_floating_point() or not x.numel():
+                return  # an embedding reads token numbers; an expert that no token chose reads nothing
             squares = x.detach().reshape(-1, x.shape[-1]).double().square().sum(0)
             self._sums[path] = squares + self._sums.get(path, 0)
             self._counts[path] = self._counts.get(path, 0) + x[..., 0].numel()

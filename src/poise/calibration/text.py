@@ -31,12 +31,14 @@ class Text:
         What is left at the end is dropped, unless it is all there is.
 
         Raises:
-            UsageError: less than two tokens.
+            UsageError: less than two tokens in the text, or in a window.
         """
         opening = tokenizer("")["input_ids"][:1]
         tokens = tokenizer(self.content, add_special_tokens=False, verbose=False)["input_ids"]
         step = length - len(opening)
-        if len(tokens) < 2 or step < 2:
+        if step < 2:
+            raise UsageError(f"windows of {length} tokens are too short to measure anything")
+        if len(tokens) < 2:
             raise UsageError(
                 f"{self.name}: {len(tokens)} tokens are too few to measure anything; give a longer text"
             )

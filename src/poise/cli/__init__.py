@@ -3,6 +3,7 @@
 import signal
 import sys
 from types import FrameType
+from typing import NoReturn
 
 import typer
 
@@ -38,8 +39,14 @@ def main() -> None:
     try:
         app()
     except PoiseError as error:
-        print(f"poise: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        _fail(str(error), error.exit_code)
+    except OSError as error:
+        _fail(str(error), PoiseError.exit_code)
     except _Interrupted:
-        print("poise: interrupted; what is finished is kept, --resume continues", file=sys.stderr)
-        sys.exit(130)
+        _fail("interrupted; what is finished is kept, --resume continues", 130)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    """One line, whatever the library that it is quoted from wrote."""
+    print(f"poise: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)

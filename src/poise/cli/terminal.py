@@ -1,12 +1,17 @@
 """Where output goes: data to stdout, progress and messages to stderr, progress only on a terminal."""
 
+import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-out = Console()
+PIPED_WIDTH = 200
+"""Columns of a table that goes to a file or program: nothing in it is cut off."""
+
+out = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPED_WIDTH)
 err = Console(stderr=True)
 
 

@@ -22,14 +22,15 @@ def map_slabs(work: Callable[[slice], T], rows: int, columns: int) -> list[T]:
     """Results of ``work`` on consecutive slabs of rows, in order; at least one slab, perhaps an empty one."""
     step = max(1, WEIGHTS // max(1, columns))
     slabs = [slice(start, min(start + step, rows)) for start in range(0, max(1, rows), step)]
-    if len(slabs) == 1:
-        return [work(slabs[0])]
-    with _one_thread_each() as threads, ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(work, slabs))
+    with one_thread_each() as threads:
+        if len(slabs) == 1:
+            return [work(slabs[0])]
+        with ThreadPoolExecutor(threads) as pool:
+            return list(pool.map(work, slabs))
 
 
 @contextmanager
-def _one_thread_each() -> Iterator[int]:
+def one_thread_each() -> Iterator[int]:
     """Makes operations single-threaded and yields how many threads they used before."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -1,5 +1,6 @@
 """How fast a model answers: time to first token, time per further token, tokens a second."""
 
+from contextlib import ExitStack
 from statistics import median
 from typing import ClassVar
 
@@ -22,12 +23,9 @@ class Latency(SystemMetric):
     )
 
     def measure(self, subjects: list[Subject]) -> list[list[Score]]:
-        engines = [subject.start() for subject in subjects]
-        try:
+        with ExitStack() as started:
+            engines = [started.enter_context(subject.start()) for subject in subjects]
             rounds = [[_request(engine) for engine in engines] for _ in range(ROUNDS + 1)][1:]
-        finally:
-            for engine in engines:
-                engine.close()
         return [self._scores(subject, [r[i] for r in rounds]) for i, subject in enumerate(subjects)]
 
     def _scores(self, subject: Subject, made: list[Generation]) -> list[Score]:

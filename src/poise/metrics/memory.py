@@ -1,6 +1,7 @@
 """Peak memory of a model in a fresh process."""
 
 import json
+import math
 import subprocess
 from typing import ClassVar
 
@@ -18,12 +19,8 @@ class Memory(SystemMetric):
         return [self._measure(subject) for subject in subjects]
 
     def _measure(self, subject: Subject) -> list[Score]:
-        done = subprocess.run(subject.probe, capture_output=True, text=True)
-        value = float("nan")
-        if done.returncode == 0:
-            memory = json.loads(done.stdout.splitlines()[-1])
-            value = float(memory["peak"] - memory["before"])
-        failed = int(done.returncode != 0)
+        value = _taken(subprocess.run(subject.probe, capture_output=True, text=True))
+        failed = int(math.isnan(value))
         return [
             Score(
                 name="memory",
@@ -34,3 +31,12 @@ class Memory(SystemMetric):
                 n_unscored=failed,
             )
         ]
+
+
+def _taken(done: subprocess.CompletedProcess[str]) -> float:
+    """Bytes by the last line that a probe printed; NaN when it failed or printed something else."""
+    try:
+        memory = json.loads(done.stdout.splitlines()[-1])
+        return math.nan if done.returncode else float(memory["peak"] - memory["before"])
+    except (ValueError, LookupError, TypeError):
+        return math.nan

@@ -1,7 +1,9 @@
 """(candidate, reference) -> logits on the same windows -> scores -> gates."""
 
 import importlib.util
+import math
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -11,16 +13,18 @@ import torch
 
 from poise.calibration.text import load_text
 from poise.checkpoints import open_checkpoint
-from poise.core.artifact import Artifact, find_artifact
+from poise.core.artifact import CARD, Artifact, find_artifact
 from poise.core.checkpoint import Checkpoint
 from poise.core.comparison import AT_MOST, DEFAULT_GATES, QUALITY, Comparison, Gate, Side
 from poise.core.engine import Engine
-from poise.core.errors import EngineError, PoiseError, UsageError
+from poise.core.errors import CheckpointError, EngineError, PoiseError, UsageError
 from poise.core.metric import LogitMetric, Score, Subject, SystemMetric
 from poise.core.registry import build, get, names
 from poise.core.run import peak_memory, resident_memory, versions
+from poise.engines.torch import DTYPES
 from poise.pipeline.quantize import Progress, silent
 from poise.reports.card import model_card
+from poise.reports.figures import ratio
 from poise.reports.report import write_report
 
 
@@ -51,7 +55,14 @@ def evaluate(
         PoiseError: a model, text or engine cannot be used; nothing is written.
     """
     artifact = find_artifact(candidate)
+    if artifact and (damaged := [name for name in artifact.damaged() if name != CARD]):
+        raise CheckpointError(
+            f"{candidate}: {', '.join(damaged)} differ from the manifest; quantize it again"
+        )
+    if out is not None and Path(out).exists() and not Path(out).is_dir():
+        raise UsageError(f"{out} is a file; name a folder for the report")
     models = [open_checkpoint(_model(reference)), open_checkpoint(_model(candidate))]
+    _check_vocabularies(models)
     engines = [reference_engine or default_engine(models[0]), engine or default_engine(models[1])]
     source = load_text(text, "evaluation")
     if artifact and artifact.manifest.calibration == source.hash:
@@ -72,7 +83,14 @@ def evaluate(
         scores=scores,
         samples={_key(name): values for name, values in samples.items()},
         gates=(),
-        command=_command(candidate, reference, text, window, windows),
+        command=_command(
+            candidate,
+            reference,
+            text=text,
+            window=window,
+            windows=windows,
+            engines=(engine, reference_engine),
+        ),
         versions=versions(),
     )
     comparison = _gated(comparison, artifact)
@@ -146,13 +164,40 @@ def _logit_metric(name: str) -> LogitMetric:
     return metric
 
 
+def _check_vocabularies(models: list[Checkpoint]) -> None:
+    """Before anything is loaded: a token that a model lacks would end in the middle of its runtime."""
+    rows = [
+        next((linear.rows for linear in model.linears() if linear.role == "embedding"), 0) for model in models
+    ]
+    if all(rows):
+        _compare_vocabularies(*rows)
+
+
+def _compare_vocabularies(reference: int, candidate: int) -> None:
+    if reference != candidate:
+        raise PoiseError(
+            f"vocabularies of {reference} and {candidate} tokens cannot be compared: "
+            "candidate and reference must share a tokenizer"
+        )
+
+
 def _command(
-    candidate: str | Path, reference: str | Path, text: str | Path | None, window: int, windows: int | None
+    candidate: str | Path,
+    reference: str | Path,
+    *,
+    text: str | Path | None,
+    window: int,
+    windows: int | None,
+    engines: tuple[str | None, str | None],
 ) -> str:
-    parts = ["poise evaluate", _label(candidate), "--reference", _label(reference)]
+    """The command line that gives the same quality figures again."""
+    parts = ["poise", "evaluate", _label(candidate), "--reference", _label(reference)]
     parts += ["--text", Path(text).name] if text else []
     parts += ["--window", str(window)] if window != 256 else []
-    return " ".join(parts + (["--windows", str(windows)] if windows else []))
+    parts += ["--windows", str(windows)] if windows else []
+    for option, engine in zip(("--engine", "--reference-engine"), engines, strict=True):
+        parts += [option, engine] if engine else []
+    return shlex.join(parts)
 
 
 def _label(source: str | Path) -> str:
@@ -160,6 +205,8 @@ def _label(source: str | Path) -> str:
     path = Path(source)
     if not path.exists():
         return str(source)
+    if path.name in ("", ".."):
+        path = path.resolve()
     return (
         path.name
         if path.name not in ("gguf", "compressed-tensors")
@@ -180,6 +227,8 @@ def _started(engine: str, checkpoint: Checkpoint) -> Engine:
 def _native(engine: str, checkpoint: Checkpoint) -> str:
     """Efficiency is measured in the dtype that the model is stored in, fidelity in float32."""
     native = str(checkpoint.dtype).removeprefix("torch.")
+    if native not in DTYPES:
+        native = "float32"
     return f"torch(dtype={native!r})" if engine == "torch" else engine
 
 
@@ -194,11 +243,7 @@ def _fidelity(
     with _started(engines[0], models[0]) as original, _started(engines[1], models[1]) as quantized:
         for number, window in enumerate(windows, 1):
             p, q = original.logits(window)[:-1], quantized.logits(window)[:-1]
-            if p.shape != q.shape:
-                raise PoiseError(
-                    f"vocabularies of {p.shape[1]} and {q.shape[1]} tokens cannot be compared: "
-                    "candidate and reference must share a tokenizer"
-                )
+            _compare_vocabularies(p.shape[1], q.shape[1])
             following = torch.tensor(window[1:])
             for name, metric in metrics.items():
                 samples[name].append(metric.sample(p, q, following))
@@ -287,16 +332,22 @@ def _gated(comparison: Comparison, artifact: Artifact | None) -> Comparison:
 
 def _figures(comparison: Comparison, artifact: Artifact | None) -> dict[str, float]:
     before, after = comparison.reference.value, comparison.candidate.value
+    scores = (*comparison.reference.scores, *comparison.candidate.scores, *comparison.scores)
+    partly = {score.name for score in scores if score.n_unscored}
+
+    def whole(name: str, value: float) -> float:
+        return math.nan if name in partly else value  # a model that fails on a window has not passed
+
     has_linears = artifact is not None and artifact.manifest.linear_weights
     bits = artifact.manifest.linear_bits_per_weight if artifact and has_linears else float("nan")
     return {
-        "size_reduction": 1 - after("size") / before("size"),
-        "memory_reduction": 1 - after("memory") / before("memory"),
-        "latency_reduction": 1 - after("time_per_token") / before("time_per_token"),
-        "perplexity_ratio": comparison.value("perplexity_ratio"),
-        "kl": comparison.value("kl"),
+        "size_reduction": 1 - ratio(after("size"), before("size")),
+        "memory_reduction": 1 - ratio(after("memory"), before("memory")),
+        "latency_reduction": 1 - ratio(after("time_per_token"), before("time_per_token")),
+        "perplexity_ratio": whole("perplexity_ratio", comparison.value("perplexity_ratio")),
+        "kl": whole("kl", comparison.value("kl")),
         "linear_reduction": 1 - bits / 16,
-        "decode_speedup": before("time_per_token") / after("time_per_token"),
-        "throughput_gain": after("throughput") / before("throughput"),
-        "quality_kept": before("perplexity") / after("perplexity"),
+        "decode_speedup": ratio(before("time_per_token"), after("time_per_token")),
+        "throughput_gain": ratio(after("throughput"), before("throughput")),
+        "quality_kept": whole("perplexity", ratio(before("perplexity"), after("perplexity"))),
     }

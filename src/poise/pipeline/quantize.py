@@ -23,7 +23,7 @@ from poise.core.linear import Linear
 from poise.core.plan import Plan, PlanRow, Recipe
 from poise.core.registry import build, get, name_of, names, parse_spec
 from poise.core.run import Run, commit, peak_memory, versions
-from poise.core.slabs import WEIGHTS, map_slabs
+from poise.core.slabs import WEIGHTS, map_slabs, one_thread_each
 from poise.core.solver import Stats
 from poise.pipeline.workspace import Workspace, explain_full_disk
 from poise.planning.planner import check_plan, make_plan
@@ -314,7 +314,8 @@ def _assemble(
     progress("export", 0, 1)
     folder = workspace.fresh_artifact()
     rows = {row.name: row for row in job.plan.quantized}
-    model = job.exporter.export(checkpoint, job.plan, lambda name: workspace.load(rows[name]), folder)
+    with one_thread_each():  # packing waits for memory, not for arithmetic
+        model = job.exporter.export(checkpoint, job.plan, lambda name: workspace.load(rows[name]), folder)
     progress("export", 1, 1)
     exported = open_checkpoint(model)
     _read_back(checkpoint, exported, job, workspace, progress)

@@ -5,6 +5,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from poise.core.artifact import Manifest
 from poise.core.comparison import Comparison
 from poise.core.plan import Plan
+from poise.reports.figures import human, interval
 
 TEMPLATES = Environment(
     loader=PackageLoader("poise.reports", "templates"),
@@ -12,6 +13,7 @@ TEMPLATES = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
+TEMPLATES.globals.update(human=human, interval=interval)
 
 
 def model_card(manifest: Manifest, plan: Plan, comparison: Comparison | None) -> str:

@@ -2,13 +2,14 @@
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from poise.core.artifact import Artifact
 from poise.core.checkpoint import Checkpoint
 from poise.core.comparison import Comparison, Side
 from poise.core.plan import Plan, PlanRow
-from poise.reports.report import figure_rows, human
+from poise.reports.figures import human, interval, ratio
+from poise.reports.report import figure_rows
 
 VERDICTS = {
     "reached": "[green]reached[/]",
@@ -81,10 +82,11 @@ def print_checkpoint(console: Console, checkpoint: Checkpoint) -> None:
 def print_tensors(console: Console, checkpoint: Checkpoint) -> None:
     """Every tensor on a line of its own."""
     linears = {linear.name: linear for linear in checkpoint.linears()}
-    table = Table("tensor", "shape", "role", "stored as", "bytes", title=escape(checkpoint.source))
+    name_column = Column("tensor", overflow="fold")
+    table = Table(name_column, "shape", "role", "stored as", "bytes", title=escape(checkpoint.source))
     for name, info in checkpoint.tensors().items():
         role = "+".join(linears[name].roles) if name in linears else ""
-        table.add_row(name, "x".join(map(str, info.shape)), role, info.stored, f"{info.nbytes:,}")
+        table.add_row(escape(name), "x".join(map(str, info.shape)), role, info.stored, f"{info.nbytes:,}")
     console.print(table)
 
 
@@ -95,12 +97,11 @@ def print_comparison(console: Console, comparison: Comparison) -> None:
     )
     for gate in comparison.gates:
         name = gate.name.replace("_", " ") + (" [bold](decides)[/]" if gate.quality else "")
-        table.add_row(name, human(gate.value, ""), gate.limit, VERDICTS[gate.verdict])
+        table.add_row(name, human(gate.value), gate.limit, VERDICTS[gate.verdict])
     console.print(table)
     fidelity = Table("fidelity to the original", "value", "95 % interval")
     for score in comparison.scores:
-        interval = f"{score.low:.4g} to {score.high:.4g}"
-        fidelity.add_row(score.name.replace("_", " "), human(score.value, score.unit), interval)
+        fidelity.add_row(score.name.replace("_", " "), human(score.value, score.unit), interval(score))
     console.print(fidelity)
     figures = Table("figure", _column(comparison.reference), _column(comparison.candidate))
     for row in figure_rows(comparison):
@@ -115,8 +116,8 @@ def print_sides(console: Console, sides: list[Side]) -> None:
         cells = []
         for side in sides:
             value = side.value(score.name)
-            ratio = f"  ({value / score.value:.2f}x)" if side is not sides[0] else ""
-            cells.append(human(value, score.unit) + ratio)
+            times = f"  ({ratio(value, score.value):.2f}x)" if side is not sides[0] else ""
+            cells.append(human(value, score.unit) + times)
         table.add_row(score.name.replace("_", " "), *cells)
     console.print(table)
 

@@ -1,5 +1,6 @@
 """Quality against size, as one SVG that needs nothing else and follows light or dark mode."""
 
+import math
 from typing import NamedTuple
 
 from poise.reports.card import TEMPLATES
@@ -25,14 +26,20 @@ class _Placed(NamedTuple):
 
 
 def quality_against_size(points: list[Point], quality: str, caption: str) -> str:
-    """An SVG scatter plot with a title and a description for screen readers."""
-    right = 1.15 * max(point.megabytes for point in points)
-    low, high = min(point.quality for point in points), max(point.quality for point in points)
-    pad = max(0.25 * (high - low), 0.02 * high)
+    """An SVG scatter plot with a title and a description for screen readers.
+
+    Models without a figure are described, but have no place in the plot.
+    """
+    known = [point for point in points if math.isfinite(point.quality)]
+    right = 1.15 * max(point.megabytes for point in points) or 1.0
+    low = min((point.quality for point in known), default=0.0)
+    high = max((point.quality for point in known), default=1.0)
+    pad = max(0.25 * (high - low), 0.02 * abs(high)) or 1.0
     bottom, top = low - pad, high + pad
-    placed = [_place(point, right, bottom, top) for point in points]
+    placed = [_place(point, right, bottom, top) for point in known]
     return TEMPLATES.get_template("quality.svg.jinja").render(
-        points=placed,
+        points=points,
+        placed=placed,
         quality=quality,
         caption=caption,
         width=WIDTH,

@@ -9,6 +9,7 @@ from typing import Any
 from poise.core.artifact import write_atomically
 from poise.core.comparison import Comparison, Side
 from poise.reports.card import TEMPLATES
+from poise.reports.figures import human
 from poise.reports.picture import Point, quality_against_size
 
 SCHEMA_VERSION = 1
@@ -20,7 +21,7 @@ def write_report(comparison: Comparison, folder: Path) -> None:
     write_atomically(folder / "report.json", to_json(comparison))
     write_atomically(folder / "quality.svg", _picture(comparison))
     template = TEMPLATES.get_template("report.md.jinja")
-    text = template.render(comparison=comparison, rows=figure_rows(comparison), human=human)
+    text = template.render(comparison=comparison, rows=figure_rows(comparison))
     write_atomically(folder / "report.md", text)
 
 
@@ -46,17 +47,6 @@ def figure_rows(comparison: Comparison) -> list[tuple[str, str, str]]:
     )
     found = [(name, _find(comparison.reference, name), _find(comparison.candidate, name)) for name in names]
     return [(name.replace("_", " "), before, after) for name, before, after in found]
-
-
-def human(value: float, unit: str) -> str:
-    """A figure with its unit as people write it."""
-    if math.isnan(value):
-        return "not measured"
-    if unit == "bytes":
-        return f"{value / 1e6:.1f} MB"
-    if unit == "seconds":
-        return f"{value * 1e3:.2f} ms"
-    return f"{value:.4g} {unit}".strip()
 
 
 def _find(side: Side, name: str) -> str:

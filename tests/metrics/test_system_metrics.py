@@ -1,0 +1,158 @@
+"""What a model costs: bytes from the disk, memory from a probe, times from engines that take turns."""
+
+import json
+import math
+import sys
+
+import pytest
+
+from poise.checkpoints import open_checkpoint
+from poise.core.engine import Engine, Generation
+from poise.core.metric import Subject
+from poise.metrics.latency import GENERATED, PROMPT, ROUNDS, Latency
+from poise.metrics.memory import Memory
+from poise.metrics.size import Size
+
+
+def subject(checkpoint=None, start=None, probe=(), label="model"):
+    return Subject(
+        label=label, checkpoint=checkpoint, engine=f"scripted-{label}", start=start, probe=list(probe)
+    )
+
+
+def by_name(scores):
+    return {score.name: score for score in scores}
+
+
+def test_size_is_what_the_file_holds_beside_its_header(llama):
+    (scores,) = Size().measure([subject(open_checkpoint(llama))])
+    file = llama / "model.safetensors"
+    header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
+    assert by_name(scores)["size"].value == file.stat().st_size - header
+    assert by_name(scores)["bits_per_weight"].value == 16
+
+
+def test_size_of_a_quantized_model_counts_scales(llama, tmp_path):
+    import poise
+
+    (artifact,) = poise.quantize(llama, "mobile", tmp_path / "out", to="compressed-tensors")
+    before, after = Size().measure(
+        [subject(open_checkpoint(llama)), subject(open_checkpoint(artifact.model))]
+    )
+    file = artifact.path / artifact.manifest.model / "model.safetensors"
+    header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
+    assert by_name(after)["size"].value == file.stat().st_size - header
+    assert by_name(after)["size"].value < by_name(before)["size"].value
+    assert by_name(after)["bits_per_weight"].value == pytest.approx(artifact.manifest.bits_per_weight)
+
+
+def printing(text, code=0):
+    return [sys.executable, "-c", f"print({text!r}); raise SystemExit({code})"]
+
+
+def test_memory_is_what_the_probe_took():
+    probe = printing("advice of a library\n" + json.dumps({"before": 100, "peak": 350}))
+    ((score,),) = Memory().measure([subject(probe=probe)])
+    assert (score.name, score.value, score.unit) == ("memory", 250.0, "bytes")
+    assert (score.n, score.n_unscored) == (1, 0)
+    assert "scripted-model" in score.protocol
+
+
+@pytest.mark.parametrize(
+    "probe",
+    [
+        printing(json.dumps({"before": 100, "peak": 350}), code=1),
+        printing("killed"),
+        printing("[]"),
+        printing('{"before": 100}'),
+        [sys.executable, "-c", "pass"],
+    ],
+    ids=["failed", "no json", "no object", "no peak", "silent"],
+)
+def test_a_probe_that_fails_is_counted_and_not_a_number(probe):
+    good = printing(json.dumps({"before": 1, "peak": 2}))
+    (failed,), (other,) = Memory().measure([subject(probe=probe), subject(probe=good)])
+    assert math.isnan(failed.value)
+    assert (failed.n, failed.n_unscored) == (0, 1)
+    assert other.value == 1
+
+
+class Scripted(Engine):
+    """Answers with the times it was given, one list of seconds a call, and writes down its calls."""
+
+    def __init__(self, name, calls, script):
+        self.name, self.calls, self.script = name, calls, iter(script)
+
+    def load(self, checkpoint):
+        raise NotImplementedError
+
+    def logits(self, tokens):
+        raise NotImplementedError
+
+    def generate(self, tokens, n):
+        self.calls.append((self.name, len(tokens), n))
+        seconds = next(self.script)
+        if isinstance(seconds, Exception):
+            raise seconds
+        return Generation(tokens=[0] * len(seconds), seconds=seconds)
+
+    def close(self):
+        self.calls.append((self.name, "closed"))
+
+
+def steady(first, step):
+    return [first + step * i for i in range(4)]
+
+
+FIRST = [100.0, 0.5, 0.1, 0.3, 0.2, 0.4]
+STEPS = [100.0, 0.01, 0.05, 0.02, 0.04, 0.03]
+"""The warm-up, then five rounds whose order is not that of their sizes."""
+
+
+def script(scale=1.0):
+    return [steady(scale * first, scale * step) for first, step in zip(FIRST, STEPS, strict=True)]
+
+
+def test_models_take_turns_and_the_warm_up_is_not_counted():
+    calls = []
+    assert len(FIRST) == ROUNDS + 1
+    subjects = [
+        subject(start=lambda: Scripted("a", calls, script()), label="a"),
+        subject(start=lambda: Scripted("b", calls, script(scale=3)), label="b"),
+    ]
+    a, b = map(by_name, Latency().measure(subjects))
+    turns = [("a", PROMPT, GENERATED), ("b", PROMPT, GENERATED)] * (ROUNDS + 1)
+    assert calls[: len(turns)] == turns
+    assert sorted(calls[len(turns) :]) == [("a", "closed"), ("b", "closed")]
+    first, step = a["time_to_first_token"], a["time_per_token"]
+    assert (first.value, first.low, first.high) == pytest.approx((0.3, 0.1, 0.5))
+    assert (step.value, step.low, step.high) == pytest.approx((0.03, 0.01, 0.05))
+    rates = sorted(4 / (f + 3 * s) for f, s in zip(FIRST[1:], STEPS[1:], strict=True))
+    assert a["throughput"].value == pytest.approx(rates[2])
+    assert (a["throughput"].low, a["throughput"].high) == pytest.approx((rates[0], rates[-1]))
+    assert {score.n for score in a.values()} == {ROUNDS}
+    assert b["time_to_first_token"].value == pytest.approx(0.9)
+    assert b["time_per_token"].value == pytest.approx(0.09)
+    assert b["throughput"].protocol.endswith("engine scripted-b")
+
+
+def test_engines_are_closed_when_one_of_them_fails():
+    calls = []
+    subjects = [
+        subject(start=lambda: Scripted("a", calls, script())),
+        subject(start=lambda: Scripted("b", calls, [steady(1, 1), RuntimeError("out of memory")])),
+    ]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        Latency().measure(subjects)
+    assert {("a", "closed"), ("b", "closed")} <= set(calls)
+
+
+def test_engines_are_closed_when_a_later_one_does_not_start():
+    calls = []
+
+    def refuse():
+        raise RuntimeError("no such model")
+
+    with pytest.raises(RuntimeError, match="no such model"):
+        Latency().measure([subject(start=lambda: Scripted("a", calls, script())), subject(start=refuse)])
+    assert calls == [("a", "closed")]
