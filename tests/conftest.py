@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers of one machine would wait for each other's threads
+os.environ.pop("COLUMNS", None)  # tables are as wide as they are for any program that reads them
 
 BASE = {
     "hidden_size": 64,

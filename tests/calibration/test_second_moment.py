@@ -96,15 +96,6 @@ def test_low_precision_inputs_are_summed_in_high_precision():
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_activations_that_are_not_finite_name_the_module(model, tokens, value):
     with torch.no_grad():
-        model.first.bias[1] = value
-        model.second.weight.zero_()
-    hidden = "second" if value != value else None  # tanh of infinity is one
-    if hidden:
-        with pytest.raises(PoiseError, match="second: its inputs are not finite"):
-            moments(model, [tokens])
-    else:
-        assert moments(model, [tokens])["second"].second_moment[1] == 1
-    with torch.no_grad():
         model.table.weight[int(tokens[0, 0]), 3] = value
     with pytest.raises(PoiseError, match="first: its inputs are not finite"):
         moments(model, [tokens])
