@@ -349,4 +349,5 @@ def test_a_probe_prints_one_json_object(llama):
     done = poise_process("probe", llama, "--engine", "torch")
     assert done.returncode == 0
     memory = json.loads(done.stdout)
-    assert 0 < memory["before"] <= memory["peak"]
+    taken = memory["peak"] - memory["before"]
+    assert 0 < taken < 60e6, "a model of 0.2 MB; the libraries under it take twice as much as this"

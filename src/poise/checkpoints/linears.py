@@ -68,6 +68,10 @@ class Skeleton:
         return [rule for rule in rules if not isinstance(rule, WeightConverter)], converters
 
     @cached_property
+    def _state(self) -> dict[str, Tensor]:
+        return dict(self.model.state_dict())
+
+    @cached_property
     def parameters(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the model's own parameters, tied ones under every name."""
         named = self.model.named_parameters(remove_duplicate=False)
@@ -79,7 +83,7 @@ class Skeleton:
 
         renamings, converters = self._conversions
         parameter, pattern = rename_source_key(
-            name, renamings, converters, self.model.base_model_prefix, self.model.state_dict()
+            name, renamings, converters, self.model.base_model_prefix, self._state
         )
         number = (
             re.search(r"\.(\d+)\.[^.]+(\.weight)?$", name)

@@ -34,6 +34,9 @@ class Exporter(ABC):
     def accepts(self, linear: Linear, format: Format, activations: int | None) -> str | None:
         """None when the container stores this exactly, else the reason why not."""
 
+    def check_plan(self, checkpoint: Checkpoint, plan: Plan) -> None:  # noqa: B027  # most have nothing to add
+        """Raises ``ExportError`` when matrices that the runtime fuses are planned apart."""
+
     def kept(self, checkpoint: Checkpoint, name: str, value: Tensor) -> Tensor:
         """A kept tensor as it reads back; another only where the container stores a function of it."""
         return value

@@ -207,8 +207,10 @@ def _job(
         if wish.exporter != name_of(exporter):
             raise UsageError(f"the plan is for {wish.exporter}, not for {name_of(exporter)}")
         plan = check_plan(wish, linears, exporter.accepts, exporter.scale_dtype(checkpoint))
+        exporter.check_plan(checkpoint, plan)
         return _Job(out=out, exporter=exporter, plan=plan, gates={})
     plan = make_plan(wish, linears, name_of(exporter), exporter.accepts, exporter.scale_dtype(checkpoint))
+    exporter.check_plan(checkpoint, plan)
     return _Job(out=out, exporter=exporter, plan=plan, gates=wish.gates)
 
 
