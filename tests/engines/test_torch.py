@@ -160,7 +160,6 @@ def test_a_missing_weight_is_named(model_factory):
         loaded(Lacking(folder, str(folder)))
 
 
-@pytest.mark.xfail(strict=True, reason="a head that is not in the file is left random")
 def test_a_missing_head_is_missing_unless_it_is_tied(model_factory):
     class Headless(HuggingFaceCheckpoint):
         def tensors(self):

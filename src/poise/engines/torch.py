@@ -45,7 +45,8 @@ class Torch(Engine):
         model, report = model_class.from_pretrained(
             None, config=config, state_dict=weights, dtype=self._dtype, output_loading_info=True
         )
-        missing = [name for name in report["missing_keys"] if name != "lm_head.weight"]
+        tied = getattr(config.get_text_config(), "tie_word_embeddings", False)
+        missing = [name for name in report["missing_keys"] if not (tied and name == "lm_head.weight")]
         if missing or report["mismatched_keys"]:
             raise EngineError(
                 f"{checkpoint.source}: lacks {sorted(missing) or sorted(report['mismatched_keys'])}"
