@@ -3,9 +3,9 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
-
 from torch import Tensor
+
+from poise.core.errors import UsageError
 
 Params = Mapping[str, Tensor]
 """What a decoder needs beside the codes: scales, zero points, codebooks."""
@@ -16,60 +16,95 @@ class Format(ABC):
 
     A format is a frozen dataclass: equal fields, equal format. All methods are pure.
 
-    Shapes: weights are [rows, columns] float32, finite; codes are [rows, columns] in an integer or
-    floating dtype that the format chooses; parameters broadcast over rows and scale groups.
+    Shapes: weights are [rows, columns] float32, finite; codes are [rows, columns / width, ...] in an
+    integer or floating dtype that the format chooses. Every parameter has one row a weight row, but for
+    those in ``shared``.
 
     Attributes:
-        bits: of one code, without scales and other metadata.
-        width: columns that are rounded together: 1 for scalar grids, 4 or 8 for lattices.
+        bits: of one weight's code, without scales and other metadata.
+        width: columns that are rounded together: 1 for scalar grids, 4 or 8 for lattices, 0 for a whole row.
     """
 
     bits: float
-    width: ClassVar[int] = 1
+    width: int = 1
+
+    @property
+    def block(self) -> int:
+        """Columns that a row must be a multiple of."""
+        return max(1, self.width)
+
+    @property
+    def tile_rows(self) -> int:
+        """Rows that must be quantized together: 1 when rows are independent, 0 for all of the matrix."""
+        return 1
+
+    @property
+    def shared(self) -> frozenset[str]:
+        """Names of parameters that all rows share: scales of a tensor, codebooks."""
+        return frozenset()
 
     @abstractmethod
     def group_of(self, columns: int) -> int:
         """Weights of one row that share a scale, for rows of this many columns."""
 
-    @property
-    def rows_are_independent(self) -> bool:
-        """Whether a slab of rows can be quantized without seeing the others."""
-        return True
+    def misfit(self, rows: int, columns: int) -> str | None:
+        """Why a matrix of this shape cannot have this format, or None. Nothing is ever padded silently."""
+        if columns % self.block == 0:
+            return None
+        from poise.core.registry import fitting_formats, name_of
 
-    @property
-    def lopsided(self) -> bool:
-        """Whether the levels are not symmetric about zero, so that a mirrored range is another grid."""
-        return False
+        others = fitting_formats(columns, self.bits)
+        return (
+            f"rows of {columns} are not a multiple of the block of {self.block} of {name_of(self)}; "
+            f"formats near {self.bits:g} bits that fit: {', '.join(others)}"
+        )
 
     @abstractmethod
-    def fit(self, weight: Tensor, shrink: float = 1.0) -> Params:
-        """Parameters that cover the range of each group, the range multiplied by ``shrink`` (0..1].
+    def cover(self, weight: Tensor) -> Params:
+        """Parameters that reach the largest weight of every group: no data, no search.
 
-        A negative ``shrink`` mirrors the grid of a ``lopsided`` format.
+        Formats without such a notion answer with ``fit``.
         """
 
     @abstractmethod
-    def refit(self, weight: Tensor, codes: Tensor, params: Params, importance: Tensor | None) -> Params:
-        """Parameters of smallest squared error for given codes, weighted by [columns] importance.
+    def fit(self, weight: Tensor, importance: Tensor | None = None) -> Params:
+        """Parameters of least squared error of ``round``, as far as the format's own search finds them.
 
-        A format whose parameters have no closed form returns them unchanged.
+        Args:
+            importance: [columns], what a squared error in each column weighs; None for equal. Where a
+                group has none at all, its columns weigh equally.
         """
 
     @abstractmethod
-    def round(self, weight: Tensor, params: Params) -> Tensor:
-        """Codes of the representable values nearest to each weight."""
+    def at(self, params: Params, columns: slice) -> Params:
+        """Parameters of a slab of columns, for ``round`` and ``decode`` of that slab alone.
+
+        The slab begins and ends at multiples of ``width`` and lies inside one group, or holds whole groups.
+        """
+
+    @abstractmethod
+    def round(
+        self, weight: Tensor, params: Params, importance: Tensor | None = None, noise: Tensor | None = None
+    ) -> Tensor:
+        """Codes of the representable values nearest to the weights.
+
+        Args:
+            importance: [columns], the metric of "nearest" where columns are rounded together; scalar
+                formats need none.
+            noise: [rows, columns] uniform in [0, 1) for stochastic rounding: a weight between two values
+                becomes either, so that its expectation is the weight. Ties and all else are unchanged.
+
+        Raises:
+            UsageError: noise for a format that is not scalar.
+        """
 
     @abstractmethod
     def decode(self, codes: Tensor, params: Params) -> Tensor:
         """Float32 values of codes, [rows, columns]."""
 
     @abstractmethod
-    def sum_per_scale(self, values: Tensor) -> Tensor:
-        """Sums [rows, columns] over the weights of each scale, in the shape of the parameters."""
-
-    @abstractmethod
     def bits_per_weight(self, rows: int, columns: int) -> float:
-        """Stored bits a weight with all metadata: codes, scales, zero points, padding."""
+        """Stored bits a weight with all metadata: codes, scales, zero points, codebooks, padding."""
 
     @abstractmethod
     def pack(self, codes: Tensor, params: Params) -> dict[str, Tensor]:
@@ -77,18 +112,31 @@ class Format(ABC):
 
     @abstractmethod
     def unpack(self, stored: Mapping[str, Tensor], columns: int) -> tuple[Tensor, Params]:
-        """Inverse of ``pack``: codes [rows, columns] and parameters."""
+        """Inverse of ``pack``: codes and parameters."""
 
     def resolve(self, scale_dtype: str) -> "Format":
         """The format with every ``auto`` field settled for a container that stores such scales."""
         return self
+
+    def refuse_noise(self, noise: Tensor | None) -> None:
+        """For formats that round several columns together, where chance has no two neighbours to choose from.
+
+        Raises:
+            UsageError: there is noise.
+        """
+        if noise is not None:
+            raise UsageError(f"{type(self).__name__} is not scalar: stochastic rounding is for scalar formats")
+
+    def columns_of(self, codes: Tensor, params: Params) -> int:
+        """Columns of the weight that these codes stand for."""
+        return codes.shape[1] * self.width
 
 
 @dataclass(frozen=True, kw_only=True)
 class QTensor:
     """A quantized weight: ``decode()`` is ``format.decode(codes, params)``.
 
-    Invariants: codes are [rows, columns]; params are what ``format.round`` was given.
+    Invariants: codes are [rows, positions, ...]; params are what ``format.round`` was given.
     """
 
     codes: Tensor
@@ -96,13 +144,12 @@ class QTensor:
     format: Format
 
     def __post_init__(self) -> None:
-        if self.codes.dim() != 2:
-            raise ValueError(f"codes must be [rows, columns], got shape {list(self.codes.shape)}")
+        if self.codes.dim() < 2:
+            raise ValueError(f"codes must be [rows, positions], got shape {list(self.codes.shape)}")
 
     @property
     def shape(self) -> tuple[int, int]:
-        rows, columns = self.codes.shape
-        return rows, columns
+        return self.codes.shape[0], self.format.columns_of(self.codes, self.params)
 
     def decode(self) -> Tensor:
         """The weight as float32, [rows, columns]."""
@@ -110,9 +157,8 @@ class QTensor:
 
     def __getitem__(self, rows: slice | Tensor) -> "QTensor":
         """Some rows; parameters that all rows share stay as they are."""
-        params = {
-            key: value[rows] if len(value) == len(self.codes) else value for key, value in self.params.items()
-        }
+        shared = self.format.shared
+        params = {key: value if key in shared else value[rows] for key, value in self.params.items()}
         return QTensor(codes=self.codes[rows], params=params, format=self.format)
 
     @property

@@ -11,6 +11,7 @@ import difflib
 import importlib
 import inspect
 import pkgutil
+import re
 from collections.abc import Iterator
 from importlib.metadata import entry_points
 from types import ModuleType
@@ -43,7 +44,12 @@ def _base(kind: str) -> type:
 def _files(kind: str) -> Iterator[str]:
     for module in pkgutil.iter_modules(_package(kind).__path__):
         if not module.name.startswith("_"):
-            yield module.name.replace("_", "-")
+            yield _key(module.name)
+
+
+def _key(name: str) -> str:
+    """``second_moment`` is written ``second-moment``; types of llama.cpp, such as ``q4_0``, stay as they are."""
+    return re.sub(r"(?<=[a-z])_", "-", name)
 
 
 def names(kind: str) -> list[str]:
@@ -62,7 +68,7 @@ def get(kind: str, name: str) -> type[Any]:
     Raises:
         UsageError: nothing of that name; the message offers the nearest one.
     """
-    key = name.replace("_", "-")
+    key = _key(name)
     if key in _files(kind):
         module = importlib.import_module(f"{KINDS[kind][0]}.{key.replace('-', '_')}")
         base = _base(kind)
@@ -81,7 +87,7 @@ def get(kind: str, name: str) -> type[Any]:
         cls: type[Any] = found[0]
         return cls
     for point in entry_points(group=KINDS[kind][0]):
-        if point.name.replace("_", "-") == key:
+        if _key(point.name) == key:
             loaded: type[Any] = point.load()
             return loaded
     known = names(kind)
@@ -93,7 +99,7 @@ def get(kind: str, name: str) -> type[Any]:
 def name_of(thing: object) -> str:
     """The registry name of an instance or class: its file's name."""
     cls = thing if inspect.isclass(thing) else type(thing)
-    return cls.__module__.rpartition(".")[2].replace("_", "-")
+    return _key(cls.__module__.rpartition(".")[2])
 
 
 def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
@@ -121,12 +127,22 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
 def build(kind: str, spec: str) -> Any:
     """The instance that a spec stands for; every bad argument is a ``UsageError``."""
     name, arguments = parse_spec(spec)
+    if kind == "format":
+        name, arguments = _with_bits(name, arguments)
     cls = get(kind, name)
     try:
         return cls(**arguments)
     except TypeError as error:
         fields = [field.name for field in dataclasses.fields(cls)] if dataclasses.is_dataclass(cls) else []
         raise UsageError(f"{spec}: {error}; {name} takes {', '.join(fields) or 'no arguments'}") from error
+
+
+def _with_bits(name: str, arguments: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """``nf4`` is short for ``nf(bits=4)``, ``int8(group=64)`` for ``int(bits=8, group=64)``."""
+    short = re.fullmatch(r"([a-z]+)(\d+)", name)
+    if short and _key(name) not in names("format") and short[1] in names("format"):
+        return short[1], {"bits": int(short[2]), **arguments}
+    return name, arguments
 
 
 def spec_of(thing: Any) -> str:
@@ -137,3 +153,16 @@ def spec_of(thing: Any) -> str:
         if getattr(thing, field.name) != field.default
     ]
     return f"{name_of(thing)}({', '.join(given)})" if given else name_of(thing)
+
+
+def fitting_formats(columns: int, bits: float) -> list[str]:
+    """Formats with defaults for every field, within one bit of ``bits``, whose blocks divide rows of ``columns``."""
+    found = []
+    for name in names("format"):
+        cls = get("format", name)
+        if any(field.default is dataclasses.MISSING for field in dataclasses.fields(cls)):
+            continue
+        format = cls()
+        if abs(format.bits - bits) <= 1 and columns % format.block == 0:
+            found.append(name)
+    return found

@@ -18,9 +18,12 @@ WEIGHTS = 1 << 18
 T = TypeVar("T")
 
 
-def map_slabs(work: Callable[[slice], T], rows: int, columns: int) -> list[T]:
-    """Results of ``work`` on consecutive slabs of rows, in order; at least one slab, perhaps an empty one."""
-    step = max(1, WEIGHTS // max(1, columns))
+def map_slabs(work: Callable[[slice], T], rows: int, columns: int, tile_rows: int = 1) -> list[T]:
+    """Results of ``work`` on consecutive slabs of rows, in order; at least one slab, perhaps an empty one.
+
+    Slabs begin at multiples of ``tile_rows``.
+    """
+    step = tile_rows * max(1, WEIGHTS // max(1, columns * tile_rows))
     slabs = [slice(start, min(start + step, rows)) for start in range(0, max(1, rows), step)]
     with one_thread_each() as threads:
         if len(slabs) == 1:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from poise.core.errors import FormatError
+from poise.core.errors import FormatError, UsageError
 from poise.core.format import Format, Params, QTensor
 from poise.core.slabs import map_slabs
 
@@ -35,18 +35,35 @@ class Stats:
             raise ValueError("second_moment must be finite and not negative")
 
 
+@dataclass(frozen=True, kw_only=True)
 class Solver(ABC):
-    """Finds codes for a weight. Pure, and deterministic: the same inputs give the same codes."""
+    """Finds codes for a weight. Pure, and deterministic: the same inputs give the same codes.
+
+    Attributes:
+        rounding: ``nearest`` (ties to even), or ``stochastic``: up or down by chance, so that the
+            expected value of every weight within the grid's range is the weight itself.
+        seed: of the chance; the draw for a weight depends on its place in the matrix alone.
+    """
 
     uses_stats: ClassVar[bool] = False
     """Whether statistics of the layer's inputs change the result."""
 
+    rounding: str = "nearest"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.rounding not in ("nearest", "stochastic"):
+            raise UsageError(f'rounding is "nearest" or "stochastic", got {self.rounding!r}')
+
     @abstractmethod
-    def solve_slab(self, weight: Tensor, format: Format, importance: Tensor | None) -> tuple[Tensor, Params]:
-        """Codes and parameters of a slab of rows, float32, finite, not empty.
+    def solve_slab(
+        self, weight: Tensor, format: Format, importance: Tensor | None, noise: Tensor | None
+    ) -> tuple[Tensor, Params]:
+        """Codes and parameters of a slab of rows, float32, finite.
 
         Args:
             importance: [columns], what a squared error in each column weighs; None for equal.
+            noise: for ``Format.round``; None unless rounding is stochastic.
         """
 
     def solve(
@@ -60,10 +77,8 @@ class Solver(ABC):
         """
         if weight.dim() != 2 or not weight.is_floating_point():
             raise FormatError(f"{name}: expected a floating matrix, got {weight.dtype} {list(weight.shape)}")
-        if weight.shape[1] % format.width:
-            raise FormatError(
-                f"{name}: rows of {weight.shape[1]} are not a multiple of the format's width {format.width}"
-            )
+        if (reason := format.misfit(*weight.shape)) is not None:
+            raise FormatError(f"{name}: {reason}")
         importance = None if stats is None else stats.second_moment.float()
         if importance is not None and importance.shape[0] != weight.shape[1]:
             raise FormatError(
@@ -74,16 +89,33 @@ class Solver(ABC):
             slab = weight[rows].float()
             if not bool(torch.isfinite(slab.sum())) and not bool(torch.isfinite(slab).all()):
                 raise FormatError("holds NaN or infinite weights; the checkpoint is damaged")
-            codes, params = self.solve_slab(slab, format, importance)
+            noise = uniform_noise(self.seed, rows, weight) if self.rounding == "stochastic" else None
+            codes, params = self.solve_slab(slab, format, importance, noise)
             return QTensor(codes=codes, params=params, format=format)
 
         try:
-            return _by_slabs(solve, *weight.shape) if format.rows_are_independent else solve(slice(None))
+            if format.tile_rows:
+                return _by_slabs(solve, *weight.shape, format.tile_rows)
+            return solve(slice(None))
         except FormatError as error:
             raise FormatError(f"{name}: {error}") from error
 
 
-def _by_slabs(solve: Callable[[slice], QTensor], rows: int, columns: int) -> QTensor:
+def uniform_noise(seed: int, rows: slice, weight: Tensor) -> Tensor:
+    """Uniform numbers in [0, 1) for some rows of a weight, float32 [rows, columns].
+
+    Counter-based (the finalizer of splitmix64 over place and seed), so that slabs never change a draw.
+    """
+    first, last, _ = rows.indices(weight.shape[0])
+    columns = weight.shape[1]
+    z = torch.arange(first * columns, last * columns) + seed * 0x632BE59BD9B4E019 % 2**62
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        z = (z ^ ((z >> shift) & ((1 << (64 - shift)) - 1))) * factor
+    z = (z ^ (z >> 31)) & 0xFFFFFF
+    return (z.float() / 2**24).view(last - first, columns)
+
+
+def _by_slabs(solve: Callable[[slice], QTensor], rows: int, columns: int, tile_rows: int) -> QTensor:
     """Solves slab by slab into tensors of the whole matrix, so that no code is in memory twice."""
     lock = Lock()
     whole: dict[str, Any] = {}
@@ -99,5 +131,5 @@ def _by_slabs(solve: Callable[[slice], QTensor], rows: int, columns: int) -> QTe
         for key, value in part.params.items():
             whole[key][slab] = value
 
-    map_slabs(fill, rows, columns)
+    map_slabs(fill, rows, columns, tile_rows)
     return QTensor(codes=whole.pop("codes"), format=whole.pop("format"), params=whole)

@@ -10,8 +10,13 @@ from poise.core.solver import Solver
 
 @dataclass(frozen=True, kw_only=True)
 class Rtn(Solver):
-    """The range of each group is covered, every weight goes to the nearest level. Needs no data."""
+    """The range of each group is covered, every weight goes to the nearest level. Needs no data.
 
-    def solve_slab(self, weight: Tensor, format: Format, importance: Tensor | None) -> tuple[Tensor, Params]:
-        params = format.fit(weight)
-        return format.round(weight, params), params
+    Formats without a range to cover (lattices, learned codebooks) are fitted with equal importance.
+    """
+
+    def solve_slab(
+        self, weight: Tensor, format: Format, importance: Tensor | None, noise: Tensor | None
+    ) -> tuple[Tensor, Params]:
+        params = format.cover(weight)
+        return format.round(weight, params, noise=noise), params
