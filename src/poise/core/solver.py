@@ -95,7 +95,7 @@ class Solver(ABC):
 
         try:
             if format.tile_rows:
-                return _by_slabs(solve, *weight.shape, format.tile_rows)
+                return _by_slabs(solve, weight.shape[0], weight.shape[1], format.tile_rows)
             return solve(slice(None))
         except FormatError as error:
             raise FormatError(f"{name}: {error}") from error

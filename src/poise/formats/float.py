@@ -33,13 +33,20 @@ class Float(Format):
     def group_of(self, columns: int) -> int:
         return columns
 
-    def fit(self, weight: Tensor, shrink: float = 1.0) -> Params:
+    def cover(self, weight: Tensor) -> Params:
         return {}
 
-    def refit(self, weight: Tensor, codes: Tensor, params: Params, importance: Tensor | None) -> Params:
+    def fit(self, weight: Tensor, importance: Tensor | None = None) -> Params:
+        return {}
+
+    def at(self, params: Params, columns: slice) -> Params:
         return params
 
-    def round(self, weight: Tensor, params: Params) -> Tensor:
+    def round(
+        self, weight: Tensor, params: Params, importance: Tensor | None = None, noise: Tensor | None = None
+    ) -> Tensor:
+        if noise is not None:
+            return self._by_chance(weight, noise)
         cast = weight.to(DTYPES[self.dtype])
         if bool(torch.isinf(cast).any()):
             raise FormatError(
@@ -48,11 +55,17 @@ class Float(Format):
             )
         return cast
 
+    def _by_chance(self, weight: Tensor, noise: Tensor) -> Tensor:
+        """One of the two values around each weight, the nearer one the likelier."""
+        nearest = self.round(weight, {})
+        over = nearest.float() > weight
+        other = torch.nextafter(nearest, torch.where(over, -torch.inf, torch.inf).to(nearest.dtype))
+        low, high = torch.where(over, other, nearest), torch.where(over, nearest, other)
+        share = (weight - low.float()) / (high.float() - low.float())
+        return torch.where(noise < share, high, low)
+
     def decode(self, codes: Tensor, params: Params) -> Tensor:
         return codes.float()
-
-    def sum_per_scale(self, values: Tensor) -> Tensor:
-        return values.sum(-1, keepdim=True)
 
     def bits_per_weight(self, rows: int, columns: int) -> float:
         return self.bits

@@ -1,0 +1,236 @@
+"""Scalar grids: w = scale * level. A format says which levels its codes have; all else is here."""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from poise.core.bits import pack_bits, unpack_bits, words
+from poise.core.errors import UsageError
+from poise.core.format import Format, Params
+from poise.formats._groups import Group, Groups
+from poise.formats._scales import KINDS, Scales
+from poise.formats._search import Codes, Floats, best_candidate, best_scales, nearest_codes
+
+
+class Grid(Format):
+    """Params: ``scale`` [rows, groups] as ``_scales.Scales`` stores it. Codes are uint8 [rows, columns].
+
+    A weight goes to the nearest level; halfway between two, to the one with the even code (IEEE 754).
+
+    Attributes:
+        group: weights that share a scale: a number, ``"channel"``, ``"128x128"`` or ``"tensor"``.
+        scale: how scales are stored; ``"auto"`` lets the container choose.
+    """
+
+    group: Group
+    scale: str
+
+    @abstractmethod
+    def values(self) -> Tensor:
+        """Value of every code, float32 [2^bits] in the order of the codes; NaN for codes that are not used."""
+
+    def check(self) -> None:
+        """Refuses fields that are no group or no scale, with ``UsageError``."""
+        Groups(self.group)
+        if self.scale not in (*KINDS, "auto"):
+            raise UsageError(f"scale is auto, {', '.join(KINDS)}, got {self.scale!r}")
+
+    @property
+    def groups(self) -> Groups:
+        return Groups(self.group)
+
+    @property
+    def scales(self) -> Scales:
+        return Scales("float32" if self.scale == "auto" else self.scale, signed=self.lopsided)
+
+    @property
+    def lopsided(self) -> bool:
+        """Whether the levels are not symmetric about zero, so that a mirrored range is another grid."""
+        levels = self.table.levels
+        return not np.array_equal(levels, -levels[::-1])
+
+    @property
+    def table(self) -> "Table":
+        return make_table(self)
+
+    @property
+    def tile_rows(self) -> int:
+        return self.groups.rows
+
+    @property
+    def shared(self) -> frozenset[str]:
+        return frozenset({"scale", "scale_step"} if self.groups.whole else ())
+
+    def group_of(self, columns: int) -> int:
+        return self.groups.of(columns)
+
+    def cover(self, weight: Tensor) -> Params:
+        low, high = self.groups.extremes(weight)
+        return self.scales.store(self.scales.covering(self._cover(low, high)))
+
+    def _cover(self, low: Tensor, high: Tensor) -> Tensor:
+        """The extreme weight of each group on the level of largest magnitude; on its sign, if it may be negative."""
+        first, last = float(self.table.levels[0]), float(self.table.levels[-1])
+        if self.scales.negative:
+            far = last if last > -first else first
+            return torch.where(high >= -low, high, low) / far
+        return torch.maximum(high / last, low / first)
+
+    def fit(self, weight: Tensor, importance: Tensor | None = None) -> Params:
+        if not weight.numel():
+            return self.cover(weight)
+        return self.scales.store(self.search(weight, importance, self.table))
+
+    def search(self, weight: Tensor, importance: Tensor | None, table: "Table") -> Tensor:
+        """Scales of least squared error that can be stored, float32 [rows, groups]."""
+        x, w, n = self.groups.view(weight, importance)
+        grid = (table.levels, table.bounds, table.uniform)
+        arrays = (x.numpy(), w.numpy(), n)
+        scales, _ = best_scales(*arrays, *grid, table.ratios, self.scales.negative, POLISH)
+        found = torch.from_numpy(scales)
+        near = self.scales.around(found)
+        if near is not None:
+            best = torch.from_numpy(best_candidate(*arrays, *grid, near.numpy()))
+            found = near.gather(-1, best.unsqueeze(-1)).squeeze(-1)
+        return self.groups.unview(found, *weight.shape)
+
+    def at(self, params: Params, columns: slice) -> Params:
+        parts = self.scales.whole_steps(params)
+        return {key: self.groups.at(value, columns) for key, value in parts.items()}
+
+    def effective(self, params: Params) -> Tensor:
+        """The factor of the levels, float32 [rows, groups]."""
+        return self.scales.load(params)
+
+    def round(
+        self, weight: Tensor, params: Params, importance: Tensor | None = None, noise: Tensor | None = None
+    ) -> Tensor:
+        return round_to(self.table, weight, self.effective(params), self.groups, noise)
+
+    def decode(self, codes: Tensor, params: Params) -> Tensor:
+        levels = self.table.values[codes.int()]
+        return levels.mul_(self.groups.spread(self.effective(params), codes.shape[1]))
+
+    def bits_per_weight(self, rows: int, columns: int) -> float:
+        lines, groups = self.groups.stored(rows, columns)
+        total = 32 * rows * words(columns, int(self.bits)) + lines * self.scales.bits(groups)
+        return total / max(1, rows * columns)
+
+    def pack(self, codes: Tensor, params: Params) -> dict[str, Tensor]:
+        """``packed`` int32 [rows, words] of the codes, and each group's parameters once."""
+        kept = {key: self.groups.kept(value) for key, value in params.items()}
+        return {"packed": pack_bits(codes, int(self.bits)), **kept}
+
+    def unpack(self, stored: Mapping[str, Tensor], columns: int) -> tuple[Tensor, Params]:
+        codes = unpack_bits(stored["packed"], int(self.bits), columns)
+        kept = {key: value for key, value in stored.items() if key != "packed"}
+        return codes, self.groups.unkept(kept, codes.shape[0])
+
+    def resolve(self, scale_dtype: str) -> "Format":
+        return replace(self, scale=scale_dtype) if self.scale == "auto" else self  # type: ignore[type-var]
+
+
+POLISH = 4
+"""Rounds of (nearest levels, best scale) after the best try; it settles in two or three."""
+
+
+class Table(NamedTuple):
+    """The levels of a grid, in the forms that rounding takes.
+
+    Attributes:
+        values: of every code, float32.
+        levels: ascending, without duplicates.
+        codes: of the levels, uint8.
+        bounds: between neighbours: a weight above ``bounds[i]`` goes above ``levels[i]``. Filled with infinity to a
+            power of two less one.
+        uniform: whether the levels are consecutive whole numbers.
+        ratios: scales worth trying, as multiples of the one that covers the group.
+    """
+
+    values: Tensor
+    levels: Floats
+    codes: Codes
+    bounds: Floats
+    uniform: bool
+    ratios: Floats
+
+
+@cache
+def make_table(grid: Grid) -> Table:
+    """The table of a grid's values."""
+    return table_of(grid.values())
+
+
+def table_of(values: Tensor) -> Table:
+    """The table of values, [codes]."""
+    codes = np.arange(len(values))
+    value = values.numpy().astype(np.float32) + np.float32(0)  # no negative zero
+    usable = codes[~np.isnan(value)]
+    levels, first = np.unique(value[usable], return_index=True)
+    chosen = usable[first]
+    middle = (levels[1:].astype(np.float64) + levels[:-1]) / 2
+    bounds = middle.astype(np.float32)
+    below = bounds > middle  # never above the true middle
+    bounds[below] = np.nextafter(bounds[below], np.float32(-np.inf))
+    tied = (bounds == middle) & (chosen[1:] % 2 == 0)  # the middle itself goes up, to the even code
+    bounds[tied] = np.nextafter(bounds[tied], np.float32(-np.inf))
+    size = 1 << max(1, len(bounds).bit_length())
+    full = np.full(size, np.inf, dtype=np.float32)
+    full[: len(bounds)] = bounds
+    uniform = bool(np.all(np.diff(levels) == 1) and np.all(levels == np.rint(levels)))
+    return Table(
+        torch.nan_to_num(values.float(), nan=0.0),
+        levels,
+        chosen.astype(np.uint8),
+        full,
+        uniform,
+        _ratios(levels),
+    )
+
+
+def _ratios(levels: Floats) -> Floats:
+    """From just covering the group down to where Gaussian weights are best clipped, and a little below.
+
+    A group whose largest weight is not on the outermost level is found by the ratios above 1, so that decoded
+    weights are encoded to themselves.
+    """
+    count = len(levels)
+    narrowest, tries = (
+        (0.15, 14) if count <= 4 else (0.3, 12) if count <= 8 else (0.5, 12) if count <= 16 else (0.7, 8)
+    )
+    inner = [levels[-1] / level for level in levels[-4:-1] if level > 0]
+    inner += [levels[0] / level for level in levels[1:4] if level < 0]
+    above = sorted({float(ratio) for ratio in inner if ratio < 2.5})
+    return np.array([*above, *np.geomspace(1.0, narrowest, tries)], dtype=np.float32)
+
+
+def round_to(table: Table, weight: Tensor, scale: Tensor, groups: Groups, noise: Tensor | None) -> Tensor:
+    """Codes of the nearest levels, or by chance one of the two around each weight; uint8 [rows, columns]."""
+    if noise is not None:
+        return _round_by_chance(table, weight, groups.spread(scale, weight.shape[1]), noise)
+    if not weight.numel():
+        return torch.empty(weight.shape, dtype=torch.uint8)
+    n = groups.of(weight.shape[1]) if scale.shape[1] > 1 else weight.shape[1]
+    found = nearest_codes(
+        weight.contiguous().numpy(),
+        scale.contiguous().numpy(),
+        n,
+        table.bounds,
+        table.codes,
+        len(table.levels),
+    )
+    return torch.from_numpy(found)
+
+
+def _round_by_chance(table: Table, weight: Tensor, scale: Tensor, noise: Tensor) -> Tensor:
+    levels = torch.from_numpy(table.levels)
+    t = weight / torch.where(scale == 0, torch.inf, scale)
+    lower = (torch.searchsorted(levels, t.contiguous(), right=True) - 1).clamp(0, len(levels) - 2)
+    share = (t - levels[lower]) / (levels[lower + 1] - levels[lower])
+    return torch.from_numpy(table.codes)[lower + (noise < share)]
