@@ -25,7 +25,7 @@ class Microscaled(Grid):
     def cover(self, weight: Tensor) -> Params:
         low, high = self.groups.extremes(weight)
         largest = torch.maximum(high, -low)
-        top = torch.frexp(torch.tensor(float(self.table.levels[-1]))).exponent - 1
+        top = torch.frexp(torch.tensor(float(self.table.levels.values[-1]))).exponent - 1
         exponent = torch.frexp(largest).exponent - 1 - top
         exponent = torch.where(largest == 0, -127, exponent).clamp(-127, 127)
         return {"scale": (exponent + 127).to(torch.uint8)}

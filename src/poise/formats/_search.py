@@ -1,15 +1,15 @@
 """Scales of least squared error for groups of weights on a fixed grid of levels, compiled.
 
 For a scale s every weight x goes to the level v nearest to x / s; with importance w the best scale for these
-levels is a / b with a = sum w x v and b = sum w v^2, and the error is then sum w x^2 - a^2 / b. Several scales
-are tried for each group, the best is polished by repeating the two steps (Lloyd 1982), which never makes it worse.
+levels is s a / b with a = sum w v x / s and b = sum w v^2, and the error is then sum w x^2 - s^2 a^2 / b. Several
+scales are tried for each group, the best is polished by repeating the two steps (Lloyd 1982), which never makes it
+worse. Scores are in units of the largest weight of the group, so that no weight is too small or too large for them.
 
-A grid is ``levels`` (ascending float32) or, for whole numbers from ``levels[0]`` to ``levels[-1]``, ``uniform``.
 Weights are [rows, columns]; groups of n columns, the last of a row may be shorter. Importance is [1, columns] or
 [rows, columns].
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,58 +19,135 @@ from poise.formats._compiled import exact, fast, inlined
 Floats = npt.NDArray[np.float32]
 Codes = npt.NDArray[np.uint8]
 
-CHUNK = 256
-"""Weights whose levels are held at once: they stay in the first-level cache."""
+BATCH = 2048
+"""Weights that are worked on at once: whole groups, or one if it is larger. They stay in the first-level cache."""
 FEW = 17
-"""Up to this many levels, comparing with every boundary is faster than a binary search."""
+"""Up to this many levels, comparing with every boundary is faster than looking up where to begin."""
+PREFIX = 17
+"""Bits of a float32 that are dropped for the look-up: sign, exponent and 6 bits of the significand remain."""
 
 ZERO, HALF, ONE = np.float32(0), np.float32(0.5), np.float32(1)
 
 
+class Levels(NamedTuple):
+    """A grid.
+
+    Attributes:
+        values: ascending.
+        bounds: one between each two neighbours: what is above ``bounds[i]`` goes above ``values[i]``. One infinity more.
+        uniform: whether values are consecutive whole numbers, which need no look-up.
+        start: number of bounds below every float with the same leading bits; empty for few levels.
+        steps: most bounds that floats with the same leading bits lie around.
+    """
+
+    values: Floats
+    bounds: Floats
+    uniform: bool
+    start: npt.NDArray[np.int32]
+    steps: int
+
+
+def make_levels(values: Floats, bounds: Floats) -> Levels:
+    """The grid of ascending values with one boundary between each two."""
+    uniform = bool(np.all(np.diff(values) == 1) and np.all(values == np.rint(values)))
+    if len(values) <= FEW:
+        start, steps = np.zeros(0, dtype=np.int32), 0
+    else:
+        prefixes = np.arange(1 << 32 - PREFIX, dtype=np.uint32) << np.uint32(PREFIX)
+        ends = np.stack((prefixes, prefixes | np.uint32((1 << PREFIX) - 1))).view(np.float32)
+        ends = np.where(np.isnan(ends), np.copysign(np.float32(np.inf), ends), ends)
+        below = np.searchsorted(bounds, ends)
+        start, steps = below.min(0).astype(np.int32), int((below.max(0) - below.min(0)).max())
+    full = np.append(bounds, np.float32(np.inf)).astype(np.float32)
+    return Levels(values.astype(np.float32), full, uniform, start, steps)
+
+
 @inlined
-def _nearest(t: Any, v: Any, index: Any, m: Any, levels: Any, bounds: Any, uniform: Any) -> None:
-    """v[:m] = levels nearest to t[:m]."""
-    count = levels.shape[0]
-    if uniform:
-        low, high = levels[0], levels[count - 1]
+def _index(t: Any, index: Any, m: Any, grid: Any) -> None:
+    """index[:m] = number of bounds below t[:m]."""
+    if grid.steps == 0:
+        for i in range(m):
+            index[i] = 0
+        for k in range(grid.values.shape[0] - 1):
+            bound = grid.bounds[k]
+            for i in range(m):
+                index[i] += 1 if t[i] > bound else 0
+    else:
+        bits = t.view(np.uint32)
+        for i in range(m):
+            index[i] = grid.start[bits[i] >> PREFIX]
+        for _ in range(grid.steps):
+            for i in range(m):
+                index[i] += 1 if t[i] > grid.bounds[index[i]] else 0
+
+
+@inlined
+def _nearest(t: Any, v: Any, index: Any, m: Any, grid: Any) -> None:
+    """v[:m] = values nearest to t[:m]."""
+    last = grid.values.shape[0] - 1
+    if grid.uniform:
+        low, high = grid.values[0], grid.values[last]
         for i in range(m):
             v[i] = min(max(np.rint(t[i]), low), high)
-    elif count <= FEW:
+    elif grid.steps == 0:
         for i in range(m):
-            v[i] = levels[0]
-        for k in range(count - 1):
-            bound, step = bounds[k], levels[k + 1] - levels[k]
+            v[i] = grid.values[0]
+        for k in range(last):
+            bound, step = grid.bounds[k], grid.values[k + 1] - grid.values[k]
             for i in range(m):
                 v[i] += step if t[i] > bound else ZERO
     else:
-        _search(t, index, m, count, bounds)
+        _index(t, index, m, grid)
         for i in range(m):
-            v[i] = levels[index[i]]
+            v[i] = grid.values[index[i]]
 
 
 @inlined
-def _search(t: Any, index: Any, m: Any, count: Any, bounds: Any) -> None:
-    """index[:m] = number of bounds below t[:m]; bounds are padded with infinity to a power of two."""
-    for i in range(m):
-        index[i] = 0
-    half = bounds.shape[0] // 2
-    while half > 0:
-        for i in range(m):
-            index[i] += half if t[i] > bounds[index[i] + half - 1] else 0
-        half //= 2
+def _scaled(x: Any, scales: Any, n: Any, t: Any) -> None:
+    """t = x / scale of its group; zero where that is zero."""
+    for j in range(scales.shape[0]):
+        inverse = ONE / scales[j] if scales[j] != ZERO else ZERO
+        group, scaled = x[j * n : (j + 1) * n], t[j * n : (j + 1) * n]
+        for i in range(group.shape[0]):
+            scaled[i] = group[i] * inverse
+
+
+@inlined
+def _weights(importance: Any, n: Any, out: Any) -> None:
+    """Importance, equal in groups that have none."""
+    for j in range((importance.shape[0] + n - 1) // n):
+        group, used = importance[j * n : (j + 1) * n], out[j * n : (j + 1) * n]
+        total = ZERO
+        for value in group:
+            total += value
+        for i in range(group.shape[0]):
+            used[i] = group[i] if total > ZERO else ONE
+
+
+@inlined
+def _products(t: Any, v: Any, w: Any) -> Any:
+    """(sum w v t, sum w v^2)."""
+    a, b = ZERO, ZERO
+    for i in range(t.shape[0]):
+        wv = w[i] * v[i]
+        a += wv * t[i]
+        b += wv * v[i]
+    return a, b
+
+
+@inlined
+def _distance(t: Any, v: Any, w: Any) -> Any:
+    """sum w (t - v)^2."""
+    error = ZERO
+    for i in range(t.shape[0]):
+        d = t[i] - v[i]
+        error += w[i] * d * d
+    return error
 
 
 @fast
 def best_scales(
-    x: Any,
-    importance: Any,
-    n: Any,
-    levels: Any,
-    bounds: Any,
-    uniform: Any,
-    ratios: Any,
-    mirror: Any,
-    polish: Any,
+    x: Any, importance: Any, n: Any, grid: Any, ratios: Any, mirror: Any, polish: Any
 ) -> tuple[Floats, Floats]:
     """The best scale of every group, zero for groups of zeros, and the share of sum w x^2 that its levels explain;
     both [rows, groups], the share in units that only compare scales of the same group.
@@ -78,49 +155,111 @@ def best_scales(
     Args:
         ratios: scales to try, as multiples of the one that just covers the group.
         mirror: whether negative scales are tried too.
-        polish: at most so many rounds of (nearest levels, best scale) after the tries.
+        polish: rounds of (nearest levels, best scale) after the tries.
     """
     rows, columns = x.shape
-    groups = (columns + n - 1) // n
+    groups, batch = (columns + n - 1) // n, max(1, BATCH // n)
     out = np.zeros((rows, groups), dtype=np.float32)
     explained = np.zeros((rows, groups), dtype=np.float32)
-    t, v = np.empty(CHUNK, dtype=np.float32), np.empty(CHUNK, dtype=np.float32)
-    index = np.empty(CHUNK, dtype=np.int32)
-    ones = np.ones(CHUNK, dtype=np.float32)
-    first, last = levels[0], levels[-1]
+    room = min(batch * n, columns)
+    t, v, w = np.empty(room, np.float32), np.empty(room, np.float32), np.empty(room, np.float32)
+    index = np.empty(room, dtype=np.int32)
+    s, size, cover = (
+        np.empty(batch, np.float32),
+        np.empty(batch, np.float32),
+        np.empty((2, batch), np.float32),
+    )
+    tries = ratios.shape[0] * (2 if mirror else 1)
     for row in range(rows):
-        w_row = importance[row % importance.shape[0]]
-        for group in range(groups):
-            start, stop = group * n, min((group + 1) * n, columns)
-            high, low, weight = x[row, start], x[row, start], ZERO
-            for i in range(start, stop):
-                high, low, weight = max(high, x[row, i]), min(low, x[row, i]), weight + w_row[i]
-            if high == low:  # exactly, where dividing sums is not
-                far = last if (last > -first if mirror else high > ZERO) else first
-                out[row, group] = high / far if far != ZERO else ZERO
-                continue
-            flat = weight == ZERO
-            size = max(high, -low)
-            best, best_score = ZERO, -ONE
-            for side in range(2 if mirror else 1):
-                up, down = (high, low) if side == 0 else (-low, -high)
-                cover = max(up / last if last > ZERO else ZERO, down / first if first < ZERO else ZERO)
-                for ratio in ratios:
-                    s = cover * ratio if side == 0 else -cover * ratio
-                    score, s = _score(
-                        x[row], w_row, ones, flat, start, stop, s, size, t, v, index, levels, bounds, uniform
-                    )
-                    if score > best_score:
-                        best_score, best = score, s
-            for _ in range(polish):
-                score, s = _score(
-                    x[row], w_row, ones, flat, start, stop, best, size, t, v, index, levels, bounds, uniform
-                )
-                if not score > best_score:
-                    break
-                best_score, best = score, s
-            out[row, group], explained[row, group] = best, best_score
+        for first in range(0, groups, batch):
+            part = x[row, first * n : min((first + batch) * n, columns)]
+            count, m = min(batch, groups - first), part.shape[0]
+            _weights(importance[row % importance.shape[0], first * n : first * n + m], n, w)
+            best, score = out[row, first : first + count], explained[row, first : first + count]
+            for j in range(count):
+                best[j], size[j], cover[0, j], cover[1, j] = _covers(part[j * n : (j + 1) * n], grid, mirror)
+                score[j] = np.float32(np.inf) if cover[0, j] == ZERO else -ONE  # constant: found already
+            for k in range(tries + polish):
+                for j in range(count):
+                    side = k // ratios.shape[0]
+                    s[j] = best[j] if k >= tries else cover[side, j] * ratios[k % ratios.shape[0]]
+                _scaled(part, s[:count], n, t)
+                _nearest(t, v, index, m, grid)
+                for j in range(count):
+                    a, b = _products(t[j * n : min((j + 1) * n, m)], v[j * n :], w[j * n :])
+                    if b > ZERO and a != ZERO:
+                        share = a * (s[j] / size[j])
+                        if share * share / b > score[j]:
+                            score[j], best[j] = share * share / b, s[j] * (a / b)
     return out, explained
+
+
+@inlined
+def _covers(x: Any, grid: Any, mirror: Any) -> Any:
+    """(scale of a constant group, largest magnitude, scale that covers the group, the mirrored one); the covering
+    scales of a constant group are zero."""
+    first, last = grid.values[0], grid.values[grid.values.shape[0] - 1]
+    high, low = x[0], x[0]
+    for value in x:
+        high, low = max(high, value), min(low, value)
+    if high == low:
+        far = last if (last > -first if mirror else high > ZERO) else first
+        return high / far if far != ZERO else ZERO, ONE, ZERO, ZERO
+    up = ONE / last if last > ZERO else ZERO
+    down = ONE / first if first < ZERO else ZERO
+    return ZERO, max(high, -low), max(high * up, low * down), min(low * up, high * down)
+
+
+@fast
+def best_candidate(x: Any, importance: Any, n: Any, grid: Any, candidates: Any) -> npt.NDArray[np.int64]:
+    """Which of the scales [rows, groups, k] has the least squared error, [rows, groups]; the first of equals."""
+    rows, columns = x.shape
+    groups, batch = (columns + n - 1) // n, max(1, BATCH // n)
+    out = np.zeros((rows, groups), dtype=np.int64)
+    room = min(batch * n, columns)
+    t, v, w = np.empty(room, np.float32), np.empty(room, np.float32), np.empty(room, np.float32)
+    index = np.empty(room, dtype=np.int32)
+    least = np.empty(batch, np.float32)
+    for row in range(rows):
+        for first in range(0, groups, batch):
+            part = x[row, first * n : min((first + batch) * n, columns)]
+            count, m = min(batch, groups - first), part.shape[0]
+            _weights(importance[row % importance.shape[0], first * n : first * n + m], n, w)
+            least[:] = np.inf
+            for k in range(candidates.shape[2]):
+                s = candidates[row, first : first + count, k]
+                _scaled(part, s, n, t)
+                _nearest(t, v, index, m, grid)
+                for j in range(count):
+                    error = _distance(t[j * n : min((j + 1) * n, m)], v[j * n :], w[j * n :])
+                    unit = s[j] / candidates[row, first + j, 0]
+                    if error * unit * unit < least[j]:
+                        least[j], out[row, first + j] = error * unit * unit, k
+    return out
+
+
+@exact
+def nearest_codes(x: Any, scale: Any, n: Any, grid: Any, codes: Any) -> Codes:
+    """Codes of the levels nearest to x / scale, uint8 [rows, columns]; a zero scale gives the level of zero."""
+    rows, columns = x.shape
+    out = np.empty((rows, columns), dtype=np.uint8)
+    t, index = np.empty(BATCH, dtype=np.float32), np.empty(BATCH, dtype=np.int32)
+    for row in range(rows):
+        scales = scale[row % scale.shape[0]]
+        for begin in range(0, columns, BATCH):
+            m = min(BATCH, columns - begin)
+            place = 0
+            while place < m:
+                group = (begin + place) // n
+                stop = min((group + 1) * n - begin, m)
+                divisor = scales[group] if scales[group] != ZERO else np.float32(np.inf)
+                for i in range(place, stop):
+                    t[i] = x[row, begin + i] / divisor
+                place = stop
+            _index(t, index, m, grid)
+            for i in range(m):
+                out[row, begin + i] = codes[index[i]]
+    return out
 
 
 @fast
@@ -130,10 +269,6 @@ def best_zeros(x: Any, importance: Any, n: Any, top: Any, ratios: Any, polish: A
     groups = (columns + n - 1) // n
     scales = np.zeros((rows, groups), dtype=np.float32)
     zeros = np.zeros((rows, groups), dtype=np.uint8)
-    t, v = np.empty(CHUNK, dtype=np.float32), np.empty(CHUNK, dtype=np.float32)
-    index = np.empty(1, dtype=np.int32)
-    ones = np.ones(CHUNK, dtype=np.float32)
-    levels = np.empty(2, dtype=np.float32)
     for row in range(rows):
         w_row = importance[row % importance.shape[0]]
         for group in range(groups):
@@ -152,17 +287,11 @@ def best_zeros(x: Any, importance: Any, n: Any, top: Any, ratios: Any, polish: A
                 s = (high - low) * ratio / top
                 for side in range(2):
                     zero = min(max(np.floor(-low * ratio / s) + side, ZERO), top)
-                    levels[0], levels[1] = -zero, top - zero
-                    score, polished = _score(
-                        x[row], w_row, ones, flat, start, stop, s, size, t, v, index, levels, levels, True
-                    )
+                    score, polished = _score(x[row], w_row, flat, start, stop, s, size, -zero, top - zero)
                     if score > best_score:
                         best_score, best, best_zero = score, polished, zero
-            levels[0], levels[1] = -best_zero, top - best_zero
             for _ in range(polish):
-                score, s = _score(
-                    x[row], w_row, ones, flat, start, stop, best, size, t, v, index, levels, levels, True
-                )
+                score, s = _score(x[row], w_row, flat, start, stop, best, size, -best_zero, top - best_zero)
                 if not score > best_score:
                     break
                 best_score, best = score, s
@@ -171,95 +300,21 @@ def best_zeros(x: Any, importance: Any, n: Any, top: Any, ratios: Any, polish: A
 
 
 @fast
-def _score(
-    x: Any, w: Any, ones: Any, flat: Any, start: Any, stop: Any, s: Any, size: Any, t: Any, v: Any, index: Any,
-    levels: Any, bounds: Any, uniform: Any,
-) -> Any:  # fmt: skip
-    """(a^2 / b, a / b) of the levels nearest to x / s, the first in units of size^2, so that no weight is too
-    small or large for it; (-1, s) when all levels are zero."""
+def _score(x: Any, w: Any, flat: Any, start: Any, stop: Any, s: Any, size: Any, low: Any, high: Any) -> Any:
+    """Share of sum w x^2 that whole numbers from low to high explain at scale s, and the best scale for them;
+    (-1, s) when all are zero."""
     a, b = ZERO, ZERO
     inverse = ONE / s
-    for begin in range(start, stop, CHUNK):
-        m = min(CHUNK, stop - begin)
-        part = x[begin : begin + m]
-        weight = ones if flat else w[begin : begin + m]
-        for i in range(m):
-            t[i] = part[i] * inverse
-        _nearest(t, v, index, m, levels, bounds, uniform)
-        for i in range(m):
-            wv = weight[i] * v[i]
-            a += wv * t[i]
-            b += wv * v[i]
+    for i in range(start, stop):
+        t = x[i] * inverse
+        q = min(max(np.rint(t), low), high)
+        wq = q if flat else w[i] * q
+        a += wq * t
+        b += wq * q
     if b > ZERO and a != ZERO:
         share = a * (s / size)
         return share * share / b, s * (a / b)
     return -ONE, s
-
-
-@fast
-def best_candidate(
-    x: Any, importance: Any, n: Any, levels: Any, bounds: Any, uniform: Any, candidates: Any
-) -> npt.NDArray[np.int64]:
-    """Which of the scales [rows, groups, k] has the least squared error, [rows, groups]; the first of equals."""
-    rows, columns = x.shape
-    groups = (columns + n - 1) // n
-    out = np.zeros((rows, groups), dtype=np.int64)
-    t, v = np.empty(CHUNK, dtype=np.float32), np.empty(CHUNK, dtype=np.float32)
-    index = np.empty(CHUNK, dtype=np.int32)
-    for row in range(rows):
-        w_row = importance[row % importance.shape[0]]
-        for group in range(groups):
-            start, stop = group * n, min((group + 1) * n, columns)
-            weight = ZERO
-            for i in range(start, stop):
-                weight += w_row[i]
-            least = np.float32(np.finfo(np.float32).max)
-            for k in range(candidates.shape[2]):
-                s = candidates[row, group, k]
-                inverse = ONE / s if s != ZERO else ZERO
-                error = ZERO
-                for begin in range(start, stop, CHUNK):
-                    m = min(CHUNK, stop - begin)
-                    for i in range(m):
-                        t[i] = x[row, begin + i] * inverse
-                    _nearest(t, v, index, m, levels, bounds, uniform)
-                    for i in range(m):
-                        d = t[i] - v[i]
-                        error += (ONE if weight == ZERO else w_row[begin + i]) * d * d
-                unit = s / candidates[row, group, 0]
-                error *= unit * unit
-                if error < least:
-                    least, out[row, group] = error, k
-    return out
-
-
-@exact
-def nearest_codes(x: Any, scale: Any, n: Any, bounds: Any, codes: Any, count: Any) -> Codes:
-    """Codes of the levels nearest to x / scale, uint8 [rows, columns]; a zero scale gives the level of zero."""
-    rows, columns = x.shape
-    out = np.empty((rows, columns), dtype=np.uint8)
-    t, index = np.empty(CHUNK, dtype=np.float32), np.empty(CHUNK, dtype=np.int32)
-    for row in range(rows):
-        for group in range((columns + n - 1) // n):
-            s = scale[row % scale.shape[0], group]
-            divisor = s if s != ZERO else np.float32(np.inf)
-            stop = min((group + 1) * n, columns)
-            for begin in range(group * n, stop, CHUNK):
-                m = min(CHUNK, stop - begin)
-                for i in range(m):
-                    t[i] = x[row, begin + i] / divisor
-                if count <= FEW:
-                    for i in range(m):
-                        index[i] = 0
-                    for k in range(count - 1):
-                        bound = bounds[k]
-                        for i in range(m):
-                            index[i] += 1 if t[i] > bound else 0
-                else:
-                    _search(t, index, m, count, bounds)
-                for i in range(m):
-                    out[row, begin + i] = codes[index[i]]
-    return out
 
 
 @fast

@@ -47,10 +47,6 @@ class Bof(Grid):
             )
         self.check()
 
-    @property
-    def lopsided(self) -> bool:
-        return self.signed
-
     def values(self) -> Tensor:
         return torch.from_numpy(block_optimal_levels(self.bits, self.group, self.signed))
 

@@ -14,6 +14,7 @@ scale is the constant divided by a power of two. (llama.cpp's Q4_0 and AutoRound
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 import torch
@@ -24,10 +25,18 @@ from poise.core.errors import UsageError
 from poise.core.format import Format, Params
 from poise.formats._groups import Group, Groups
 from poise.formats._scales import DTYPES, KINDS, Scales
-from poise.formats._search import Floats, best_candidate, best_ranges, best_scales, best_zeros
+from poise.formats._search import (
+    Floats,
+    Levels,
+    best_candidate,
+    best_ranges,
+    best_scales,
+    best_zeros,
+    make_levels,
+)
 
-POLISH = 4
-"""Rounds of (nearest codes, best scale) after the best try; it settles in two or three."""
+POLISH = 2
+"""Rounds of (nearest codes, best scale) after the best try; more changes the error by less than a thousandth."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,14 +159,13 @@ class Int(Format):
 
     def _search(self, x: Tensor, w: Tensor, n: int) -> Tensor:
         """Scales of least squared error that can be stored."""
-        levels = np.arange(self.lowest, self.highest + 1, dtype=np.float32)
-        grid = (levels, levels, True)
-        scales, _ = best_scales(x.numpy(), w.numpy(), n, *grid, self._ratios(), self.scales.negative, POLISH)
+        grid = _whole_numbers(self.lowest, self.highest)
+        scales, _ = best_scales(x.numpy(), w.numpy(), n, grid, self._ratios(), self.scales.negative, POLISH)
         found = torch.from_numpy(scales)
         near = self.scales.around(found)
         if near is None:
             return found
-        best = torch.from_numpy(best_candidate(x.numpy(), w.numpy(), n, *grid, near.numpy()))
+        best = torch.from_numpy(best_candidate(x.numpy(), w.numpy(), n, grid, near.numpy()))
         return near.gather(-1, best.unsqueeze(-1)).squeeze(-1)
 
     def _ratios(self) -> Floats:
@@ -232,6 +240,12 @@ class Int(Format):
     @property
     def _offset(self) -> int:
         return 1 << self.bits - 1
+
+
+@cache
+def _whole_numbers(low: int, high: int) -> Levels:
+    levels = np.arange(low, high + 1, dtype=np.float32)
+    return make_levels(levels, levels[1:] - np.float32(0.5))
 
 
 def _divisor(values: Tensor) -> Tensor:

@@ -90,11 +90,8 @@ class Nvfp4(Grid):
     def _best(self, weight: Tensor, importance: Tensor | None, choices: Tensor, unit: Tensor) -> Tensor:
         """The code of least squared error of every block, out of [rows, groups, k]."""
         x, w, n = self.groups.view(weight, importance)
-        table = self.table
         scales = (E4M3[choices.int()] * unit).contiguous()
-        best = best_candidate(
-            x.numpy(), w.numpy(), n, table.levels, table.bounds, table.uniform, scales.numpy()
-        )
+        best = best_candidate(x.numpy(), w.numpy(), n, self.table.levels, scales.numpy())
         return choices.gather(-1, torch.from_numpy(best).unsqueeze(-1)).squeeze(-1)
 
     def _params(self, codes: Tensor, unit: Tensor) -> Params:
@@ -113,7 +110,7 @@ class Nvfp4(Grid):
         return total / max(1, rows * columns)
 
 
-TRIES = 16
+TRIES = 12
 """Scales tried for a block, from its largest weight at 9 (clipped to 6) to its largest at 4."""
 
 

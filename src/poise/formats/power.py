@@ -19,7 +19,7 @@ from poise.formats._search import best_scales
 
 STEP = 1 / 32
 """Of 1 / a, the exponent of decoding, which is 1 + STEP * e for a stored byte e."""
-TRIED = tuple(range(0, 73, 8))
+TRIED = tuple(range(0, 73, 12))
 """Exponents that are measured; the best lies on a parabola through the best of them and its neighbours."""
 SAMPLE = 512
 """Columns that an exponent is chosen on, rounded up to whole groups."""
@@ -104,9 +104,7 @@ class Power(Grid):
     def _explained(self, weight: Tensor, importance: Tensor | None, table: Table) -> Tensor:
         """What the levels explain of each row's weighted sum of squares, float64 [rows]; [1] for one group in all."""
         x, w, n = self.groups.view(weight, importance)
-        found = best_scales(
-            x.numpy(), w.numpy(), n, table.levels, table.bounds, False, table.ratios[-RATIOS:], False, 1
-        )
+        found = best_scales(x.numpy(), w.numpy(), n, table.levels, table.ratios[-RATIOS:], False, 1)
         share = self.groups.unview(torch.from_numpy(found[1]), *weight.shape)
         low, high = self.groups.extremes(weight)
         return (share.double() * torch.maximum(high, -low).double().square()).sum(-1)
@@ -145,7 +143,7 @@ class Power(Grid):
         return codes, {**scales, "exponent": stored["exponent"]}
 
 
-RATIOS = 5
+RATIOS = 3
 """Of the scales worth trying, the narrow half is enough to tell exponents apart."""
 
 
