@@ -125,7 +125,9 @@ class Format(ABC):
             UsageError: there is noise.
         """
         if noise is not None:
-            raise UsageError(f"{type(self).__name__} is not scalar: stochastic rounding is for scalar formats")
+            raise UsageError(
+                f"{type(self).__name__} is not scalar: stochastic rounding is for scalar formats"
+            )
 
     def columns_of(self, codes: Tensor, params: Params) -> int:
         """Columns of the weight that these codes stand for."""

@@ -202,10 +202,11 @@ def _ratios(levels: Floats) -> Floats:
     ends = [levels[-1] / level for level in levels[-1 - inner : -1] if level > 0]
     ends += [levels[0] / level for level in levels[1 : 1 + inner] if level < 0]
     above = sorted({float(ratio) for ratio in ends if ratio < 2.5})
-    return np.array([*above, *np.geomspace(1.0, narrowest, tries)], dtype=np.float32)
+    widest = min(1.6, max([1.0, *above[:1]]))  # the largest weight may do better one level further in
+    return np.array([*above, 1.0, *np.geomspace(widest, narrowest, tries)], dtype=np.float32)
 
 
-TRIES = ((4, 0.15, 14, 2), (8, 0.3, 12, 2), (17, 0.55, 9, 2), (256, 0.7, 4, 3))
+TRIES = ((4, 0.15, 14, 1), (8, 0.3, 12, 1), (17, 0.55, 11, 1), (256, 0.7, 4, 3))
 """(levels at most, narrowest ratio, number of ratios, levels beside the outermost); twice as many ratios change the
 error of Gaussian weights by less than half a percent."""
 

@@ -210,6 +210,15 @@ def _covers(x: Any, grid: Any, mirror: Any) -> Any:
     return ZERO, max(high, -low), max(high * up, low * down), min(low * up, high * down)
 
 
+@inlined
+def _largest(x: Any) -> Any:
+    """The largest magnitude; 1 for zeros."""
+    size = ZERO
+    for value in x:
+        size = max(size, abs(value))
+    return size if size > ZERO else ONE
+
+
 @fast
 def best_candidate(x: Any, importance: Any, n: Any, grid: Any, candidates: Any) -> npt.NDArray[np.int64]:
     """Which of the scales [rows, groups, k] has the least squared error, [rows, groups]; the first of equals."""
@@ -219,20 +228,26 @@ def best_candidate(x: Any, importance: Any, n: Any, grid: Any, candidates: Any) 
     room = min(batch * n, columns)
     t, v, w = np.empty(room, np.float32), np.empty(room, np.float32), np.empty(room, np.float32)
     index = np.empty(room, dtype=np.int32)
-    least = np.empty(batch, np.float32)
+    least, size = np.empty(batch, np.float32), np.empty(batch, np.float32)
+    zeros = np.zeros(room, np.float32)
     for row in range(rows):
         for first in range(0, groups, batch):
             part = x[row, first * n : min((first + batch) * n, columns)]
             count, m = min(batch, groups - first), part.shape[0]
             _weights(importance[row % importance.shape[0], first * n : first * n + m], n, w)
             least[:] = np.inf
+            for j in range(count):
+                size[j] = _largest(part[j * n : (j + 1) * n])
             for k in range(candidates.shape[2]):
                 s = candidates[row, first : first + count, k]
                 _scaled(part, s, n, t)
                 _nearest(t, v, index, m, grid)
                 for j in range(count):
-                    error = _distance(t[j * n : min((j + 1) * n, m)], v[j * n :], w[j * n :])
-                    unit = s[j] / candidates[row, first + j, 0]
+                    group, levels = t[j * n : min((j + 1) * n, m)], v[j * n :]
+                    if s[j] == ZERO:
+                        group, levels = part[j * n : (j + 1) * n], zeros
+                    error = _distance(group, levels, w[j * n :])
+                    unit = (s[j] if s[j] != ZERO else ONE) / size[j]
                     if error * unit * unit < least[j]:
                         least[j], out[row, first + j] = error * unit * unit, k
     return out

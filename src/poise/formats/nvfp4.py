@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from poise.core.format import Params
+from poise.core.slabs import map_slabs
 from poise.formats._grid import Grid
 from poise.formats._minifloat import minifloat
 from poise.formats._search import best_candidate
@@ -89,10 +90,14 @@ class Nvfp4(Grid):
 
     def _best(self, weight: Tensor, importance: Tensor | None, choices: Tensor, unit: Tensor) -> Tensor:
         """The code of least squared error of every block, out of [rows, groups, k]."""
-        x, w, n = self.groups.view(weight, importance)
-        scales = (E4M3[choices.int()] * unit).contiguous()
-        best = best_candidate(x.numpy(), w.numpy(), n, self.table.levels, scales.numpy())
-        return choices.gather(-1, torch.from_numpy(best).unsqueeze(-1)).squeeze(-1)
+
+        def best(rows: slice) -> Tensor:
+            x, w, n = self.groups.view(weight[rows], importance)
+            scales = (E4M3[choices[rows].int()] * unit).contiguous()
+            found = best_candidate(x.numpy(), w.numpy(), n, self.table.levels, scales.numpy())
+            return choices[rows].gather(-1, torch.from_numpy(found).unsqueeze(-1)).squeeze(-1)
+
+        return torch.cat(map_slabs(best, *weight.shape))
 
     def _params(self, codes: Tensor, unit: Tensor) -> Params:
         params = {"scale": codes.to(torch.uint8)}

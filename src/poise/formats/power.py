@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -104,7 +105,7 @@ class Power(Grid):
     def _explained(self, weight: Tensor, importance: Tensor | None, table: Table) -> Tensor:
         """What the levels explain of each row's weighted sum of squares, float64 [rows]; [1] for one group in all."""
         x, w, n = self.groups.view(weight, importance)
-        found = best_scales(x.numpy(), w.numpy(), n, table.levels, table.ratios[-RATIOS:], False, 1)
+        found = best_scales(x.numpy(), w.numpy(), n, table.levels, RATIOS, False, 1)
         share = self.groups.unview(torch.from_numpy(found[1]), *weight.shape)
         low, high = self.groups.extremes(weight)
         return (share.double() * torch.maximum(high, -low).double().square()).sum(-1)
@@ -143,8 +144,8 @@ class Power(Grid):
         return codes, {**scales, "exponent": stored["exponent"]}
 
 
-RATIOS = 3
-"""Of the scales worth trying, the narrow half is enough to tell exponents apart."""
+RATIOS = np.array([1.0, 0.85, 0.72], dtype=np.float32)
+"""Scales that exponents are told apart by."""
 
 
 def _by_exponent(exponents: Tensor, rows: int) -> Iterator[tuple[int, Tensor]]:
