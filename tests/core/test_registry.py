@@ -66,11 +66,12 @@ def test_a_dropped_file_is_a_format_everywhere(tmp_path, monkeypatch):
             class Halves(Format):
                 bits = 8
                 def group_of(self, columns): return columns
-                def fit(self, weight, shrink=1.0): return {}
-                def refit(self, weight, codes, params, importance): return params
-                def round(self, weight, params): return (2 * weight).round().clamp(-128, 127).char()
+                def cover(self, weight): return {}
+                def fit(self, weight, importance=None): return {}
+                def at(self, params, columns): return params
+                def round(self, weight, params, importance=None, noise=None):
+                    return (2 * weight).round().clamp(-128, 127).char()
                 def decode(self, codes, params): return codes.float() / 2
-                def sum_per_scale(self, values): return values.sum(-1, keepdim=True)
                 def bits_per_weight(self, rows, columns): return 8.0
                 def pack(self, codes, params): return {"codes": codes}
                 def unpack(self, stored, columns): return stored["codes"], {}

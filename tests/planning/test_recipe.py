@@ -27,7 +27,7 @@ def test_shipped_recipes_load():
             "did you mean 'activations'",
         ),
         ("description: x\nrules: [{options: ['int(bits=12, group=32)']}]", "rule 1: .*1 to 8 bits"),
-        ("description: x\nrules: [{options: [nf5]}]", "no format named 'nf5'"),
+        ("description: x\nrules: [{options: [nv5]}]", "no format named 'nv5'"),
         ("description: x\nrules: [{options: [float], solver: magic}]", "no solver named 'magic'"),
         ("description: x\nrules: [{role: head}]", "either options or keep"),
         ("description: x\nrules: [{keep: true, options: [float]}]", "either options or keep"),

@@ -196,18 +196,26 @@ def best_scales(
 
 @inlined
 def _covers(x: Any, grid: Any, mirror: Any) -> Any:
-    """(scale of a constant group, largest magnitude, scale that covers the group, the mirrored one); the covering
-    scales of a constant group are zero."""
+    """(scale of a constant group, largest magnitude, scale that covers the group, another one).
+
+    A scale that may be negative puts the extreme weight on the outermost level, or on the other end of the grid; where
+    that is zero, the other extreme on the outermost level. The covering scales of a constant group are zero.
+    """
     first, last = grid.values[0], grid.values[grid.values.shape[0] - 1]
+    far, near = (last, first) if last > -first else (first, last)
     high, low = x[0], x[0]
     for value in x:
         high, low = max(high, value), min(low, value)
-    if high == low:
-        far = last if (last > -first if mirror else high > ZERO) else first
-        return high / far if far != ZERO else ZERO, ONE, ZERO, ZERO
+    extreme = high if high >= -low else low
     up = ONE / last if last > ZERO else ZERO
     down = ONE / first if first < ZERO else ZERO
-    return ZERO, max(high, -low), max(high * up, low * down), min(low * up, high * down)
+    if high == low:
+        end = far if mirror else last if high > ZERO else first
+        return high / end if end != ZERO else ZERO, ONE, ZERO, ZERO
+    if mirror:
+        other = extreme / near if near != ZERO else (high + low - extreme) / far
+        return ZERO, abs(extreme), extreme / far, other
+    return ZERO, abs(extreme), max(high * up, low * down), ZERO
 
 
 @inlined
