@@ -113,8 +113,10 @@ class CompressedTensors(Exporter):
             return f'compressed-tensors stores integer zero points: use zero="integer", not {format.zero!r}'
         if not format.symmetric and linear.rows % 32:
             return f"vLLM splits zero points every 32 outputs, and {linear.rows} do not: use symmetric=True"
-        if format.group == "tensor":
+        if isinstance(format.group, str) and format.group != "channel":
             return 'vLLM wants a scale for every output or group: use group="channel" or a number'
+        if format.scale in ("e8m0", "double"):
+            return f"scales are stored as floats of the model's dtype, not as {format.scale}"
         if isinstance(format.group, int) and linear.columns % format.group:
             fitting = [str(group) for group in GROUPS if linear.columns % group == 0]
             instead = f"groups of {', '.join(fitting)} do" if fitting else 'use group="channel"'

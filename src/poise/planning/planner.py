@@ -70,7 +70,7 @@ def _settled(row: PlanRow, linear: Linear, accepts: Accepts, scale_dtype: str) -
         return row
     format = build("format", row.format).resolve(scale_dtype)
     build("solver", str(row.solver))
-    reason = accepts(linear, format, row.activations)
+    reason = format.misfit(*linear.shape) or accepts(linear, format, row.activations)
     if reason:
         raise UsageError(f"{row.name}: the plan asks for {row.format}, but {reason}")
     return replace(row, format=spec_of(format))
@@ -88,7 +88,7 @@ def _row(linear: Linear, rule: Rule | None, accepts: Accepts, scale_dtype: str) 
     refused: list[str] = []
     for option in rule.options:
         format = build("format", option.format).resolve(scale_dtype)
-        reason = accepts(linear, format, option.activations)
+        reason = format.misfit(*linear.shape) or accepts(linear, format, option.activations)
         if reason is None:
             return PlanRow(
                 name=linear.name,
