@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from poise.core.errors import FormatError
 from poise.core.format import Format, Params
 
 
@@ -40,10 +41,14 @@ class Block(Format):
         return self.fit(weight)
 
     def at(self, params: Params, columns: slice) -> Params:
-        return {
-            key: value[:, columns.start // self.per[key] : -(-columns.stop // self.per[key])]
-            for key, value in params.items()
-        }
+        finest = min(self.per.values())
+        first, last = columns.start // finest, -(-columns.stop // finest)
+        sliced = {}
+        for key, value in params.items():
+            share = self.per[key] // finest
+            wide = value[:, first // share : -(-last // share)].repeat_interleave(share, dim=1)
+            sliced[key] = wide[:, first % share : first % share + last - first]
+        return sliced
 
     def bits_per_weight(self, rows: int, columns: int) -> float:
         return 8 * self.nbytes / self.columns
@@ -74,11 +79,37 @@ def spread(values: Tensor, columns: int) -> Tensor:
     return values.repeat_interleave(columns // values.shape[1], dim=1)
 
 
+def to_half(values: Tensor) -> Tensor:
+    """Scales as float16.
+
+    Raises:
+        FormatError: a value that float16 cannot hold.
+    """
+    stored = values.to(torch.float16)
+    if bool(torch.isinf(stored).any()):
+        raise FormatError(
+            f"its range needs a scale of {float(values.abs().max()):.3g}, more than the float16 of its blocks holds: "
+            "use a format with scale='float32', or keep the weight"
+        )
+    return stored
+
+
 def halves(values: Tensor) -> Tensor:
-    """float16 [..., n] as little-endian bytes [..., 2 n]."""
-    return values.to(torch.float16).contiguous().view(torch.uint8)
+    """float16 [rows, blocks] as little-endian bytes [rows, blocks, 2]."""
+    return values.contiguous().view(torch.uint8).view(*values.shape, 2)
 
 
 def from_halves(raw: Tensor) -> Tensor:
     """Inverse of ``halves``."""
-    return raw.contiguous().view(torch.float16)
+    return raw.contiguous().view(torch.float16).squeeze(-1)
+
+
+def nibbles(codes: Tensor) -> Tensor:
+    """Codes below 16, [..., n], as bytes [..., n / 2]: code j low, code j + n / 2 high."""
+    low, high = codes.chunk(2, dim=-1)
+    return low | high << 4
+
+
+def from_nibbles(raw: Tensor) -> Tensor:
+    """Inverse of ``nibbles``."""
+    return torch.cat((raw & 15, raw >> 4), dim=-1)

@@ -26,6 +26,11 @@ FEW = 17
 PREFIX = 17
 """Bits of a float32 that are dropped for the look-up: sign, exponent and 6 bits of the significand remain."""
 
+RANGES = np.linspace(1.1, 0.75, 8, dtype=np.float32)
+"""Widths of a group's range that are tried where scale and minimum are free."""
+REGRESSIONS = 4
+"""Rounds of (nearest codes, regression) for each; they matter more than more ranges do."""
+
 ZERO, HALF, ONE = np.float32(0), np.float32(0.5), np.float32(1)
 
 
@@ -82,7 +87,7 @@ def _index(t: Any, index: Any, m: Any, grid: Any) -> None:
 
 
 @inlined
-def _nearest(t: Any, v: Any, index: Any, m: Any, grid: Any) -> None:
+def nearest_levels(t: Any, v: Any, index: Any, m: Any, grid: Any) -> None:
     """v[:m] = values nearest to t[:m]."""
     last = grid.values.shape[0] - 1
     if grid.uniform:
@@ -113,7 +118,7 @@ def _scaled(x: Any, scales: Any, n: Any, t: Any) -> None:
 
 
 @inlined
-def _weights(importance: Any, n: Any, out: Any) -> None:
+def usable_weights(importance: Any, n: Any, out: Any) -> None:
     """Importance, equal in groups that have none."""
     for j in range((importance.shape[0] + n - 1) // n):
         group, used = importance[j * n : (j + 1) * n], out[j * n : (j + 1) * n]
@@ -174,7 +179,7 @@ def best_scales(
         for first in range(0, groups, batch):
             part = x[row, first * n : min((first + batch) * n, columns)]
             count, m = min(batch, groups - first), part.shape[0]
-            _weights(importance[row % importance.shape[0], first * n : first * n + m], n, w)
+            usable_weights(importance[row % importance.shape[0], first * n : first * n + m], n, w)
             best, score = out[row, first : first + count], explained[row, first : first + count]
             for j in range(count):
                 best[j], size[j], cover[0, j], cover[1, j] = _covers(part[j * n : (j + 1) * n], grid, mirror)
@@ -184,7 +189,7 @@ def best_scales(
                     side = k // ratios.shape[0]
                     s[j] = best[j] if k >= tries else cover[side, j] * ratios[k % ratios.shape[0]]
                 _scaled(part, s[:count], n, t)
-                _nearest(t, v, index, m, grid)
+                nearest_levels(t, v, index, m, grid)
                 for j in range(count):
                     a, b = _products(t[j * n : min((j + 1) * n, m)], v[j * n :], w[j * n :])
                     if b > ZERO and a != ZERO:
@@ -242,14 +247,14 @@ def best_candidate(x: Any, importance: Any, n: Any, grid: Any, candidates: Any) 
         for first in range(0, groups, batch):
             part = x[row, first * n : min((first + batch) * n, columns)]
             count, m = min(batch, groups - first), part.shape[0]
-            _weights(importance[row % importance.shape[0], first * n : first * n + m], n, w)
+            usable_weights(importance[row % importance.shape[0], first * n : first * n + m], n, w)
             least[:] = np.inf
             for j in range(count):
                 size[j] = _largest(part[j * n : (j + 1) * n])
             for k in range(candidates.shape[2]):
                 s = candidates[row, first : first + count, k]
                 _scaled(part, s, n, t)
-                _nearest(t, v, index, m, grid)
+                nearest_levels(t, v, index, m, grid)
                 for j in range(count):
                     group, levels = t[j * n : min((j + 1) * n, m)], v[j * n :]
                     if s[j] == ZERO:
@@ -292,17 +297,18 @@ def best_zeros(x: Any, importance: Any, n: Any, top: Any, ratios: Any, polish: A
     groups = (columns + n - 1) // n
     scales = np.zeros((rows, groups), dtype=np.float32)
     zeros = np.zeros((rows, groups), dtype=np.uint8)
+    w = np.empty(columns, dtype=np.float32)
     for row in range(rows):
-        w_row = importance[row % importance.shape[0]]
+        if row < importance.shape[0]:
+            usable_weights(importance[row], n, w)
         for group in range(groups):
-            start, stop = group * n, min((group + 1) * n, columns)
-            high, low, weight = x[row, start], x[row, start], ZERO
-            for i in range(start, stop):
-                high, low, weight = max(high, x[row, i]), min(low, x[row, i]), weight + w_row[i]
+            part, weight = x[row, group * n : (group + 1) * n], w[group * n : (group + 1) * n]
+            high, low = part[0], part[0]
+            for value in part:
+                high, low = max(high, value), min(low, value)
             if high == low:  # one step from zero: exact
                 scales[row, group], zeros[row, group] = abs(high), np.uint8(1 if high < ZERO else 0)
                 continue
-            flat = weight == ZERO
             high, low = max(high, ZERO), min(low, ZERO)
             size = max(high, -low)
             best, best_zero, best_score = ZERO, ZERO, -ONE
@@ -310,30 +316,28 @@ def best_zeros(x: Any, importance: Any, n: Any, top: Any, ratios: Any, polish: A
                 s = (high - low) * ratio / top
                 for side in range(2):
                     zero = min(max(np.floor(-low * ratio / s) + side, ZERO), top)
-                    score, polished = _score(x[row], w_row, flat, start, stop, s, size, -zero, top - zero)
+                    score, polished = _score(part, weight, s, size, -zero, top - zero)
                     if score > best_score:
                         best_score, best, best_zero = score, polished, zero
             for _ in range(polish):
-                score, s = _score(x[row], w_row, flat, start, stop, best, size, -best_zero, top - best_zero)
-                if not score > best_score:
-                    break
-                best_score, best = score, s
+                score, s = _score(part, weight, best, size, -best_zero, top - best_zero)
+                if score > best_score:
+                    best_score, best = score, s
             scales[row, group], zeros[row, group] = best, np.uint8(best_zero)
     return scales, zeros
 
 
-@fast
-def _score(x: Any, w: Any, flat: Any, start: Any, stop: Any, s: Any, size: Any, low: Any, high: Any) -> Any:
+@inlined
+def _score(x: Any, w: Any, s: Any, size: Any, low: Any, high: Any) -> Any:
     """Share of sum w x^2 that whole numbers from low to high explain at scale s, and the best scale for them;
     (-1, s) when all are zero."""
     a, b = ZERO, ZERO
     inverse = ONE / s
-    for i in range(start, stop):
+    for i in range(x.shape[0]):
         t = x[i] * inverse
         q = min(max(np.rint(t), low), high)
-        wq = q if flat else w[i] * q
-        a += wq * t
-        b += wq * q
+        a += w[i] * q * t
+        b += w[i] * q * q
     if b > ZERO and a != ZERO:
         share = a * (s / size)
         return share * share / b, s * (a / b)
@@ -341,62 +345,58 @@ def _score(x: Any, w: Any, flat: Any, start: Any, stop: Any, s: Any, size: Any, 
 
 
 @fast
-def best_ranges(x: Any, importance: Any, n: Any, top: Any, ratios: Any, polish: Any) -> tuple[Floats, Floats]:
+def best_ranges(x: Any, importance: Any, n: Any, top: Any) -> tuple[Floats, Floats]:
     """Scale and minimum of every group, [rows, groups], for w = s q + m with q = 0..top.
 
-    Every range tried is the group's, shrunk about its middle by one of ``ratios``; the best (s, m) for given
+    Every range tried is the group's, shrunk about its middle by one of ``RANGES``; the best (s, m) for given
     codes is weighted linear regression of x on q.
     """
     rows, columns = x.shape
     groups = (columns + n - 1) // n
     scales = np.zeros((rows, groups), dtype=np.float32)
     minima = np.zeros((rows, groups), dtype=np.float32)
+    w = np.empty(columns, dtype=np.float32)
     for row in range(rows):
-        w_row = importance[row % importance.shape[0]]
+        if row < importance.shape[0]:
+            usable_weights(importance[row], n, w)
         for group in range(groups):
-            start, stop = group * n, min((group + 1) * n, columns)
-            high, low, total = x[row, start], x[row, start], ZERO
-            for i in range(start, stop):
-                high, low, total = max(high, x[row, i]), min(low, x[row, i]), total + w_row[i]
+            part, weight = x[row, group * n : (group + 1) * n], w[group * n : (group + 1) * n]
+            high, low = part[0], part[0]
+            for value in part:
+                high, low = max(high, value), min(low, value)
             minima[row, group] = low
             if high == low:
                 continue
-            flat = total == ZERO
             middle, half = HALF * (high + low), HALF * (high - low)
-            best_s, best_m, least = ZERO, low, np.float32(np.finfo(np.float32).max)
-            for ratio in ratios:
+            least = np.float32(np.inf)
+            for ratio in RANGES:
                 s, m = np.float32(2) * half * ratio / top, middle - half * ratio
-                for _ in range(polish + 1):
-                    error, s_next, m_next = _regress(x[row], w_row, flat, start, stop, s, m, top)
+                for _ in range(REGRESSIONS + 1):
+                    error, s_next, m_next = _regress(part, weight, s, m, top)
                     error *= (s / half) * (s / half)
-                    if not error < least:
-                        break
-                    least, best_s, best_m = error, s, m
+                    if error < least:
+                        least, scales[row, group], minima[row, group] = error, s, m
                     s, m = s_next, m_next
-            scales[row, group], minima[row, group] = best_s, best_m
     return scales, minima
 
 
-@fast
-def _regress(x: Any, w: Any, flat: Any, start: Any, stop: Any, s: Any, m: Any, top: Any) -> Any:
+@inlined
+def _regress(x: Any, w: Any, s: Any, m: Any, top: Any) -> Any:
     """Squared error of (s, m) in units of s^2, and the regression of x on the codes that they give."""
     inverse = ONE / s
     error, total, wq, wx, wqq, wqx = ZERO, ZERO, ZERO, ZERO, ZERO, ZERO
-    for i in range(start, stop):
+    for i in range(x.shape[0]):
         value = (x[i] - m) * inverse
-        weight = ONE if flat else w[i]
         q = min(max(np.rint(value), ZERO), top)
         d = value - q
-        error += weight * d * d
-        total += weight
-        wq += weight * q
-        wx += weight * value
-        wqq += weight * q * q
-        wqx += weight * q * value
+        error += w[i] * d * d
+        total += w[i]
+        wq += w[i] * q
+        wx += w[i] * value
+        wqq += w[i] * q * q
+        wqx += w[i] * q * value
     power = wqq - wq * wq / total
-    if power <= ZERO:
-        return error, s, m
-    slope = (wqx - wq * wx / total) / power
+    slope = (wqx - wq * wx / total) / power if power > ZERO else ZERO
     if slope <= ZERO:
         return error, s, m
     return error, s * slope, m + s * ((wx - slope * wq) / total)

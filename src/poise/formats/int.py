@@ -147,15 +147,15 @@ class Int(Format):
         shape = tuple(weight.shape)
         if self.symmetric:
             return self.scales.store(self.groups.unview(self._search(x, w, n), *shape))
-        top, ratios = np.float32(self.highest), self._ratios()
-        search = best_zeros if self.zero == "integer" else best_ranges
-        found = search(x.numpy(), w.numpy(), n, top, ratios, POLISH)
+        top = np.float32(self.highest)
+        if self.zero == "integer":
+            found = best_zeros(x.numpy(), w.numpy(), n, top, self._ratios(), POLISH)
+        else:
+            found = best_ranges(x.numpy(), w.numpy(), n, top)
         scale, offset = (self.groups.unview(torch.from_numpy(part), *shape) for part in found)
-        return (
-            {**self.scales.store(scale), "zero": offset}
-            if self.zero == "integer"
-            else self._with_minimum(scale, offset)
-        )
+        if self.zero == "integer":
+            return {**self.scales.store(scale), "zero": offset}
+        return self._with_minimum(scale, offset)
 
     def _search(self, x: Tensor, w: Tensor, n: int) -> Tensor:
         """Scales of least squared error that can be stored."""

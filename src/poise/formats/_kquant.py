@@ -1,0 +1,404 @@
+"""Super-blocks of 256 weights: whole-number scales of small groups under float16 scales of all.
+
+    affine      w = d sc q - dmin m      q2_k, q4_k, q5_k
+    symmetric   w = d sc v               q3_k, q6_k, iq4_xs;  v a level of a grid, sc with a sign
+
+The search goes down in three steps. Real scales (and minima) of every group by weighted least squares from several
+ranges; then d, dmin and the nearest whole numbers; then, alternately, each group's whole numbers against their
+neighbours with the exact error of what will be stored, and d, dmin by least squares for the codes that result. Of all
+rounds the best of each super-block is kept, so that no round makes an error larger.
+"""
+
+from collections.abc import Iterator
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from poise.core.format import Params
+from poise.formats._block import Block, spread, to_half
+from poise.formats._compiled import fast, inlined
+from poise.formats._scaled_block import by_chance, make_grid, weights_of
+from poise.formats._search import (
+    ONE,
+    RANGES,
+    REGRESSIONS,
+    ZERO,
+    Floats,
+    best_scales,
+    nearest_codes,
+    nearest_levels,
+    usable_weights,
+)
+
+SUPER = 256
+HUGE = np.float32(3.0e38)
+ROUNDS = 3
+"""Rounds of (whole numbers, d); the fourth changes the error by less than a thousandth."""
+REACH = 2
+"""How far a whole number moves in a round."""
+
+
+class SuperBlock(Block):
+    """What both kinds share. Codes uint8 [rows, columns]."""
+
+    columns = SUPER
+
+    def empty(self, weight: Tensor) -> Params:
+        """Parameters of a weight without elements."""
+        rows, columns = weight.shape
+        return {
+            key: torch.zeros(rows, columns // per, dtype=torch.float16 if per == SUPER else self.whole)
+            for key, per in self.per.items()
+        }
+
+    whole: ClassVar[torch.dtype]
+
+
+class AffineSuperBlock(SuperBlock):
+    """Params: ``d`` and ``dmin`` float16 [rows, super-blocks], ``scale`` and ``minimum`` uint8 [rows, groups].
+
+    Attributes:
+        top: the largest code.
+        most: the largest whole-number scale and minimum.
+    """
+
+    top: ClassVar[int]
+    most: ClassVar[int]
+    whole = torch.uint8
+
+    def fit(self, weight: Tensor, importance: Tensor | None = None) -> Params:
+        if not weight.numel():
+            return self.empty(weight)
+        x, w = weights_of(weight, importance)
+        shape = (weight.shape[0], -1, SUPER // self.group)
+        top = np.float32(self.top)
+        real = affine_groups(x, w, self.group, top)
+        scale, minimum = (torch.from_numpy(part).view(shape) for part in real)
+        d, dmin = (to_half(part.amax(-1) / self.most) for part in (scale, minimum))
+        sc, mn = (nearest_whole(part, unit, 0, self.most) for part, unit in ((scale, d), (minimum, dmin)))
+        best = None
+        for _ in range(ROUNDS):
+            sums = affine_neighbours(
+                x,
+                w,
+                self.group,
+                top,
+                d.float().numpy(),
+                dmin.float().numpy(),
+                sc.numpy(),
+                mn.numpy(),
+                self.most,
+            )
+            error, uu, uv, vv, xu, xv = torch.from_numpy(sums).unbind(-1)
+            best = keep_better(best, error, {"d": d, "dmin": dmin, "scale": sc, "minimum": mn})
+            determinant = uu * vv - uv * uv
+            solvable = determinant > 1e-6 * uu * vv
+            alone = torch.where(uu > 0, xu / uu, 0.0)
+            d = to_half(torch.where(solvable, (xu * vv - uv * xv) / determinant, alone).clamp(min=0))
+            dmin = to_half(
+                torch.where(solvable, (uv * xu - uu * xv) / determinant, dmin.float()).clamp(min=0)
+            )
+        return best.stored(self.whole)
+
+    def round(
+        self, weight: Tensor, params: Params, importance: Tensor | None = None, noise: Tensor | None = None
+    ) -> Tensor:
+        scale, minimum = self._scales(params, weight.shape[1])
+        steps = (weight + minimum).div_(torch.where(scale == 0, torch.inf, scale))
+        steps = steps.round_() if noise is None else steps.add_(noise).floor_()
+        return steps.clamp_(0, self.top).to(torch.uint8)
+
+    def decode(self, codes: Tensor, params: Params) -> Tensor:
+        scale, minimum = self._scales(params, codes.shape[1])
+        return codes.float().mul_(scale).sub_(minimum)
+
+    def _scales(self, params: Params, columns: int) -> Iterator[Tensor]:
+        """d sc and dmin m, spread over columns."""
+        for unit, whole in (("d", "scale"), ("dmin", "minimum")):
+            entries = params[whole].shape[1]
+            yield spread(spread(params[unit].float(), entries) * params[whole], columns)
+
+
+class SymmetricSuperBlock(SuperBlock):
+    """Params: ``d`` float16 [rows, super-blocks], ``scale`` int8 [rows, groups].
+
+    Attributes:
+        levels: ascending values of the codes.
+        low, high: whole-number scales that can be stored.
+    """
+
+    levels: ClassVar[tuple[int, ...]]
+    low: ClassVar[int]
+    high: ClassVar[int]
+    whole = torch.int8
+
+    def fit(self, weight: Tensor, importance: Tensor | None = None) -> Params:
+        if not weight.numel():
+            return self.empty(weight)
+        x, w = weights_of(weight, importance)
+        grid = make_grid(self.levels)
+        scales, _ = best_scales(x, w, self.group, grid, SCALES, True, 2)
+        scale = torch.from_numpy(scales).view(weight.shape[0], -1, SUPER // self.group)
+        extreme = scale.gather(-1, scale.abs().argmax(-1, keepdim=True)).squeeze(-1)
+        d = to_half(extreme / self.low)
+        sc = nearest_whole(scale, d, self.low, self.high)
+        best = None
+        for _ in range(ROUNDS):
+            sums = symmetric_neighbours(
+                x, w, self.group, grid, d.float().numpy(), sc.numpy(), self.low, self.high
+            )
+            error, uu, xu = torch.from_numpy(sums).unbind(-1)
+            best = keep_better(best, error, {"d": d, "scale": sc})
+            d = to_half(torch.where(uu > 0, xu / uu, d.float()))
+        return best.stored(self.whole)
+
+    def round(
+        self, weight: Tensor, params: Params, importance: Tensor | None = None, noise: Tensor | None = None
+    ) -> Tensor:
+        scale = self._scales(params)
+        if noise is not None:
+            return by_chance(make_grid(self.levels).values, weight, spread(scale, weight.shape[1]), noise)
+        n = weight.shape[1] // max(1, scale.shape[1])
+        codes = np.arange(len(self.levels), dtype=np.uint8)
+        arrays = (weight.contiguous().numpy(), scale.contiguous().numpy())
+        return torch.from_numpy(nearest_codes(*arrays, max(1, n), make_grid(self.levels), codes))
+
+    def decode(self, codes: Tensor, params: Params) -> Tensor:
+        values = torch.from_numpy(make_grid(self.levels).values)[codes.int()]
+        return values.mul_(spread(self._scales(params), codes.shape[1]))
+
+    def _scales(self, params: Params) -> Tensor:
+        """d sc, [rows, groups]."""
+        return spread(params["d"].float(), params["scale"].shape[1]) * params["scale"]
+
+
+SCALES = np.linspace(1.1, 0.65, 8, dtype=np.float32)
+"""Scales of a symmetric group that are tried, as shares of the one that covers it."""
+
+
+class Best(NamedTuple):
+    """The best parameters so far of every super-block, whole numbers as int32, and their squared errors."""
+
+    error: Tensor
+    params: dict[str, Tensor]
+
+    def stored(self, whole: torch.dtype) -> Params:
+        """The parameters in the types that are stored."""
+        return {
+            key: value if value.dtype == torch.float16 else value.to(whole)
+            for key, value in self.params.items()
+        }
+
+
+def keep_better(best: Best | None, error: Tensor, params: dict[str, Tensor]) -> Best:
+    """Takes over the super-blocks whose error is smaller now."""
+    if best is None:
+        return Best(error.clone(), {key: value.clone() for key, value in params.items()})
+    better = error < best.error
+    kept = {
+        key: torch.where(spread(better, value.shape[1]), value, best.params[key])
+        for key, value in params.items()
+    }
+    return Best(torch.where(better, error, best.error), kept)
+
+
+def nearest_whole(values: Tensor, unit: Tensor, low: int, high: int) -> Tensor:
+    """values [rows, super-blocks, groups] as multiples of unit [rows, super-blocks], int32 [rows, all groups]."""
+    divisor = torch.where(unit == 0, torch.inf, unit.float()).unsqueeze(-1)
+    return (values / divisor).round().clamp(low, high).to(torch.int32).flatten(1).contiguous()
+
+
+@inlined
+def _affine(x: Any, w: Any, s: Any, m: Any, top: Any) -> Any:
+    """Of the codes nearest to (x + m) / s: (sum w q, sum w q^2, sum w q x, sum w (x + m - s q)^2)."""
+    inverse = ONE / s if s != ZERO else ZERO
+    wq, wqq, wqx, error = ZERO, ZERO, ZERO, ZERO
+    for i in range(x.shape[0]):
+        q = min(max(np.rint((x[i] + m) * inverse), ZERO), top)
+        d = x[i] + m - s * q
+        error += w[i] * d * d
+        wq += w[i] * q
+        wqq += w[i] * q * q
+        wqx += w[i] * q * x[i]
+    return wq, wqq, wqx, error
+
+
+@fast
+def affine_groups(x: Any, importance: Any, n: Any, top: Any) -> tuple[Floats, Floats]:
+    """Real scale and minimum (not below zero) of every group of n columns, [rows, groups] each."""
+    rows, columns = x.shape
+    groups = columns // n
+    scales = np.zeros((rows, groups), dtype=np.float32)
+    minima = np.zeros((rows, groups), dtype=np.float32)
+    w_row = np.empty(columns, dtype=np.float32)
+    for row in range(rows):
+        if row < importance.shape[0]:
+            usable_weights(importance[row], SUPER, w_row)
+        for group in range(groups):
+            part, w = x[row, group * n : (group + 1) * n], w_row[group * n : (group + 1) * n]
+            high, low, total, wx = ZERO, ZERO, ZERO, ZERO
+            for i in range(n):
+                high, low = max(high, part[i]), min(low, part[i])
+                total += w[i]
+                wx += w[i] * part[i]
+            if high == low:
+                continue
+            least = HUGE
+            for ratio in RANGES:
+                s, m = (high - low) * ratio / top, -low * ratio
+                for _ in range(REGRESSIONS + 1):
+                    wq, wqq, wqx, error = _affine(part, w, s, m, top)
+                    if error < least:
+                        least, scales[row, group], minima[row, group] = error, s, m
+                    determinant = total * wqq - wq * wq
+                    if determinant <= ZERO:
+                        break
+                    s = (total * wqx - wq * wx) / determinant
+                    m = (wq * wqx - wqq * wx) / determinant
+                    if m < ZERO:
+                        m = ZERO
+                        s = wqx / wqq
+                    if s <= ZERO:
+                        break
+    return scales, minima
+
+
+@fast
+def affine_neighbours(
+    x: Any, importance: Any, n: Any, top: Any, d: Any, dmin: Any, sc: Any, mn: Any, most: Any
+) -> Floats:
+    """Moves whole-number scales and minima to the best of their neighbours, in place.
+
+    Returns:
+        [rows, super-blocks, 6]: squared error, and the sums of the normal equations for d and dmin: u u, u v, v v, x u,
+        x v with u = sc q and v = m.
+    """
+    rows, columns = x.shape
+    count = columns // SUPER
+    each = SUPER // n
+    out = np.zeros((rows, count, 6), dtype=np.float32)
+    w_row = np.empty(columns, dtype=np.float32)
+    for row in range(rows):
+        if row < importance.shape[0]:
+            usable_weights(importance[row], SUPER, w_row)
+        for block in range(count):
+            sums = out[row, block]
+            for j in range(each):
+                group = block * each + j
+                part, w = x[row, group * n : (group + 1) * n], w_row[group * n : (group + 1) * n]
+                at_s, at_m = sc[row, group], mn[row, group]
+                best_s, best_m = at_s, at_m
+                wq, wqq, wqx, least = _affine(part, w, d[row, block] * at_s, dmin[row, block] * at_m, top)
+                for i in range(max(0, at_s - REACH), min(most, at_s + REACH) + 1):
+                    for k in range(max(0, at_m - REACH), min(most, at_m + REACH) + 1):
+                        a, b, c, error = _affine(part, w, d[row, block] * i, dmin[row, block] * k, top)
+                        if error < least:
+                            wq, wqq, wqx, least, best_s, best_m = a, b, c, error, i, k
+                sc[row, group], mn[row, group] = best_s, best_m
+                total, wx = ZERO, ZERO
+                for i in range(n):
+                    total += w[i]
+                    wx += w[i] * part[i]
+                s, m = np.float32(best_s), np.float32(best_m)
+                sums[0] += least
+                sums[1] += s * s * wqq
+                sums[2] += s * m * wq
+                sums[3] += m * m * total
+                sums[4] += s * wqx
+                sums[5] += m * wx
+    return out
+
+
+@fast
+def symmetric_neighbours(
+    x: Any, importance: Any, n: Any, grid: Any, d: Any, sc: Any, low: Any, high: Any
+) -> Floats:
+    """Moves whole-number scales to the best of their neighbours, in place.
+
+    Returns:
+        [rows, super-blocks, 3]: squared error, and the sums of the normal equation for d: u u, x u with u = sc v.
+    """
+    rows, columns = x.shape
+    count, each = columns // SUPER, SUPER // n
+    out = np.zeros((rows, count, 3), dtype=np.float32)
+    w_row = np.empty(columns, dtype=np.float32)
+    t, v = np.empty(SUPER, dtype=np.float32), np.empty(SUPER, dtype=np.float32)
+    index = np.empty(SUPER, dtype=np.int32)
+    now, least = np.empty(each, dtype=np.float32), np.empty(each, dtype=np.float32)
+    best = np.empty(each, dtype=np.int32)
+    a_best, b_best = np.empty(each, dtype=np.float32), np.empty(each, dtype=np.float32)
+    for row in range(rows):
+        if row < importance.shape[0]:
+            usable_weights(importance[row], SUPER, w_row)
+        for block in range(count):
+            part, w = x[row, block * SUPER : (block + 1) * SUPER], w_row[block * SUPER : (block + 1) * SUPER]
+            least[:] = HUGE
+            for k in range(2 * REACH + 1):
+                # The present scale first: of equals, it stays.
+                move = 0 if k == 0 else ((k + 1) // 2) * (1 if k % 2 else -1)
+                for j in range(each):
+                    s = min(max(sc[row, block * each + j] + move, low), high)
+                    now[j] = d[row, block] * s
+                    inverse = ONE / now[j] if now[j] != ZERO else ZERO
+                    group, scaled = part[j * n : (j + 1) * n], t[j * n : (j + 1) * n]
+                    for i in range(n):
+                        scaled[i] = group[i] * inverse
+                nearest_levels(t, v, index, SUPER, grid)
+                for j in range(each):
+                    group, level, weight = (
+                        part[j * n : (j + 1) * n],
+                        v[j * n : (j + 1) * n],
+                        w[j * n : (j + 1) * n],
+                    )
+                    a, b, error = ZERO, ZERO, ZERO
+                    for i in range(n):
+                        wv = weight[i] * level[i]
+                        a += wv * group[i]
+                        b += wv * level[i]
+                        e = group[i] - now[j] * level[i]
+                        error += weight[i] * e * e
+                    if error < least[j]:
+                        least[j], a_best[j], b_best[j] = error, a, b
+                        best[j] = min(max(sc[row, block * each + j] + move, low), high)
+            for j in range(each):
+                sc[row, block * each + j] = best[j]
+                s = np.float32(best[j])
+                out[row, block, 0] += least[j]
+                out[row, block, 1] += s * s * b_best[j]
+                out[row, block, 2] += s * a_best[j]
+    return out
+
+
+PAIRS = torch.tensor([0, 2, 4, 6], dtype=torch.uint8).view(4, 1)
+
+
+def quarters(codes: Tensor) -> Tensor:
+    """Two-bit codes [..., 256] as 64 bytes: of each half of 128, byte j has codes j, j + 32, j + 64, j + 96."""
+    parts = codes.reshape(*codes.shape[:-1], 2, 4, 32) << PAIRS
+    return parts.sum(-2, dtype=torch.uint8).flatten(-2)
+
+
+def from_quarters(raw: Tensor) -> Tensor:
+    """Inverse of ``quarters``."""
+    return (raw.reshape(*raw.shape[:-1], 2, 1, 32) >> PAIRS & 3).flatten(-3)
+
+
+def sixes(scale: Tensor, minimum: Tensor) -> Tensor:
+    """Eight scales and eight minima of six bits, [rows, 8 n] each, as [rows, n, 12] bytes (ggml get_scale_min_k4).
+
+    Bytes 0 to 3 and 4 to 7 hold the first four of each; their two high bits are those of the last four, whose low parts
+    share bytes 8 to 11.
+    """
+    sc, mn = (part.view(part.shape[0], -1, 2, 4) for part in (scale, minimum))
+    first = [part[..., 0, :] | part[..., 1, :] >> 4 << 6 for part in (sc, mn)]
+    return torch.cat((*first, sc[..., 1, :] & 15 | (mn[..., 1, :] & 15) << 4), dim=-1)
+
+
+def from_sixes(raw: Tensor) -> tuple[Tensor, Tensor]:
+    """Inverse of ``sixes``."""
+    sc, mn, low = raw[..., :4], raw[..., 4:8], raw[..., 8:]
+    scale = torch.cat((sc & 63, low & 15 | sc >> 6 << 4), dim=-1)
+    minimum = torch.cat((mn & 63, low >> 4 | mn >> 6 << 4), dim=-1)
+    return scale.flatten(1), minimum.flatten(1)
