@@ -20,6 +20,7 @@ from poise.core.checkpoint import Checkpoint, TensorInfo
 from poise.core.errors import CheckpointError, ExportError
 from poise.core.linear import Linear
 from poise.layouts.gguf import EXTRAS, Slot, expert_names, slots
+from poise.layouts.gguf_blocks import known, unpack
 from poise.layouts.gguf_header import Entry, Value, read_header
 from poise.layouts.gguf_metadata import complete, read_config
 from poise.layouts.gguf_tokenizer_read import read_tokenizer
@@ -189,7 +190,7 @@ class GgufCheckpoint(Checkpoint):
             raise CheckpointError("holds no tensors")
         for kind in sorted({entry.type for entry in self._header.tensors.values()}):
             if not _decodable(kind):
-                raise CheckpointError(f"holds {kind} blocks, which the gguf package cannot decode")
+                raise CheckpointError(f"holds {kind} blocks, which nothing here decodes")
 
     def _main_dtype(self) -> torch.dtype:
         """Float type of most bytes in matrices; bfloat16 where most are quantized: what models are trained in."""
@@ -205,6 +206,8 @@ class GgufCheckpoint(Checkpoint):
         if entry.type in DTYPES:
             return raw.view(DTYPES[entry.type]).view(entry.shape)
         packed = raw.numpy().reshape(int(np.prod(entry.shape[:-1])), -1)
+        if not _in_package(entry.type):
+            return unpack(torch.from_numpy(packed), entry.type, entry.shape[-1]).view(entry.shape)
         values = gguf.dequantize(packed, gguf.GGMLQuantizationType[entry.type])
         return torch.from_numpy(np.ascontiguousarray(values)).view(entry.shape)
 
@@ -223,9 +226,14 @@ class GgufCheckpoint(Checkpoint):
 
 
 def _decodable(kind: str) -> bool:
-    number = gguf.GGMLQuantizationType[kind]
+    return _in_package(kind) or known(kind)
+
+
+def _in_package(kind: str) -> bool:
+    """Whether the gguf package decodes these blocks."""
     try:
+        number = gguf.GGMLQuantizationType[kind]
         gguf.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[number][1]), dtype=np.uint8), number)
-    except NotImplementedError:
+    except (KeyError, NotImplementedError):
         return False
     return True

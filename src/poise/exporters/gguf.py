@@ -26,12 +26,17 @@ from poise.core.registry import build, spec_of
 from poise.core.slabs import WEIGHTS
 from poise.layouts.gguf import Slot, architecture, slots
 from poise.layouts.gguf_blocks import FLOATS, Rows, block_of, pack, pack_floats
-from poise.layouts.gguf_header import ARRAY, Value, text, type_size, u32
+from poise.layouts.gguf_header import ARRAY, Value, text, type_number, type_size, u32
 from poise.layouts.gguf_metadata import complete, hyper_parameters
 from poise.layouts.gguf_rope import rope_tensors
 from poise.layouts.gguf_tokenizer import fits_name, tokenizer_keys
 
-FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "BF16": 32}
+FILE_TYPES = {
+    "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 11, "Q4_K": 14,
+    "Q5_K": 16, "Q6_K": 18, "IQ2_XXS": 19, "IQ2_XS": 20, "IQ3_XXS": 23, "IQ1_S": 24, "IQ4_NL": 25, "IQ3_S": 26,
+    "IQ2_S": 28, "IQ4_XS": 30, "IQ1_M": 31, "BF16": 32, "TQ1_0": 36, "TQ2_0": 37, "MXFP4": 38, "NVFP4": 39, "Q1_0": 40,
+    "Q2_0": 41,
+}  # fmt: skip
 """Block type of most weights -> llama.cpp's number for "mostly that"."""
 QUANTIZATION_VERSION = 2
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -221,8 +226,9 @@ def _writer(path: Path, arch: str, metadata: dict[str, Value], tensors: list[_Te
             writer.add_key_value(key, _raw(value), gguf.GGUFValueType(kind), items)
     for tensor in tensors:
         nbytes = int(np.prod(tensor.byte_shape))
-        block = gguf.GGMLQuantizationType[tensor.type]
-        writer.add_tensor_info(tensor.name, tensor.byte_shape, np.dtype(np.uint8), nbytes, block)
+        # Any dtype but uint8, whose shape would be taken for one of bytes: the writer knows fewer types than we do.
+        block: Any = type_number(tensor.type)
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.int8), nbytes, block)
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()

@@ -21,9 +21,10 @@ from poise.formats._block import Block, spread, to_half
 from poise.formats._compiled import fast, inlined
 from poise.formats._scaled_block import by_chance, make_grid, weights_of
 from poise.formats._search import (
+    INSETS,
     ONE,
-    RANGES,
     REGRESSIONS,
+    TINY,
     ZERO,
     Floats,
     best_scales,
@@ -34,10 +35,8 @@ from poise.formats._search import (
 
 SUPER = 256
 HUGE = np.float32(3.0e38)
-ROUNDS = 3
-"""Rounds of (whole numbers, d); the fourth changes the error by less than a thousandth."""
-REACH = 2
-"""How far a whole number moves in a round."""
+REACHES = (2, 1, 1)
+"""How far a whole number moves in each round; a fourth changes the error by less than a thousandth."""
 
 
 class SuperBlock(Block):
@@ -79,18 +78,9 @@ class AffineSuperBlock(SuperBlock):
         d, dmin = (to_half(part.amax(-1) / self.most) for part in (scale, minimum))
         sc, mn = (nearest_whole(part, unit, 0, self.most) for part, unit in ((scale, d), (minimum, dmin)))
         best = None
-        for _ in range(ROUNDS):
-            sums = affine_neighbours(
-                x,
-                w,
-                self.group,
-                top,
-                d.float().numpy(),
-                dmin.float().numpy(),
-                sc.numpy(),
-                mn.numpy(),
-                self.most,
-            )
+        for reach in REACHES:
+            units = d.float().numpy(), dmin.float().numpy()
+            sums = affine_neighbours(x, w, self.group, top, *units, sc.numpy(), mn.numpy(), self.most, reach)
             error, uu, uv, vv, xu, xv = torch.from_numpy(sums).unbind(-1)
             best = keep_better(best, error, {"d": d, "dmin": dmin, "scale": sc, "minimum": mn})
             determinant = uu * vv - uv * uv
@@ -145,10 +135,9 @@ class SymmetricSuperBlock(SuperBlock):
         d = to_half(extreme / self.low)
         sc = nearest_whole(scale, d, self.low, self.high)
         best = None
-        for _ in range(ROUNDS):
-            sums = symmetric_neighbours(
-                x, w, self.group, grid, d.float().numpy(), sc.numpy(), self.low, self.high
-            )
+        for reach in REACHES:
+            whole = (sc.numpy(), self.low, self.high, reach)
+            sums = symmetric_neighbours(x, w, self.group, grid, d.float().numpy(), *whole)
             error, uu, xu = torch.from_numpy(sums).unbind(-1)
             best = keep_better(best, error, {"d": d, "scale": sc})
             d = to_half(torch.where(uu > 0, xu / uu, d.float()))
@@ -243,31 +232,33 @@ def affine_groups(x: Any, importance: Any, n: Any, top: Any) -> tuple[Floats, Fl
                 high, low = max(high, part[i]), min(low, part[i])
                 total += w[i]
                 wx += w[i] * part[i]
-            if high == low:
+            if high - low < TINY:
                 continue
+            step = (high - low) / top
             least = HUGE
-            for ratio in RANGES:
-                s, m = (high - low) * ratio / top, -low * ratio
-                for _ in range(REGRESSIONS + 1):
-                    wq, wqq, wqx, error = _affine(part, w, s, m, top)
-                    if error < least:
-                        least, scales[row, group], minima[row, group] = error, s, m
-                    determinant = total * wqq - wq * wq
-                    if determinant <= ZERO:
-                        break
-                    s = (total * wqx - wq * wx) / determinant
-                    m = (wq * wqx - wqq * wx) / determinant
-                    if m < ZERO:
-                        m = ZERO
-                        s = wqx / wqq
-                    if s <= ZERO:
-                        break
+            for bottom in INSETS:
+                for peak in INSETS:
+                    s, m = step * (top - bottom - peak) / top, max(ZERO, -low - bottom * step)
+                    for _ in range(REGRESSIONS + 1):
+                        wq, wqq, wqx, error = _affine(part, w, s, m, top)
+                        if error < least:
+                            least, scales[row, group], minima[row, group] = error, s, m
+                        determinant = total * wqq - wq * wq
+                        if determinant <= ZERO:
+                            break
+                        s = (total * wqx - wq * wx) / determinant
+                        m = (wq * wqx - wqq * wx) / determinant
+                        if m < ZERO:
+                            m = ZERO
+                            s = wqx / wqq
+                        if s <= ZERO:
+                            break
     return scales, minima
 
 
 @fast
 def affine_neighbours(
-    x: Any, importance: Any, n: Any, top: Any, d: Any, dmin: Any, sc: Any, mn: Any, most: Any
+    x: Any, importance: Any, n: Any, top: Any, d: Any, dmin: Any, sc: Any, mn: Any, most: Any, reach: Any
 ) -> Floats:
     """Moves whole-number scales and minima to the best of their neighbours, in place.
 
@@ -291,8 +282,8 @@ def affine_neighbours(
                 at_s, at_m = sc[row, group], mn[row, group]
                 best_s, best_m = at_s, at_m
                 wq, wqq, wqx, least = _affine(part, w, d[row, block] * at_s, dmin[row, block] * at_m, top)
-                for i in range(max(0, at_s - REACH), min(most, at_s + REACH) + 1):
-                    for k in range(max(0, at_m - REACH), min(most, at_m + REACH) + 1):
+                for i in range(max(0, at_s - reach), min(most, at_s + reach) + 1):
+                    for k in range(max(0, at_m - reach), min(most, at_m + reach) + 1):
                         a, b, c, error = _affine(part, w, d[row, block] * i, dmin[row, block] * k, top)
                         if error < least:
                             wq, wqq, wqx, least, best_s, best_m = a, b, c, error, i, k
@@ -313,7 +304,7 @@ def affine_neighbours(
 
 @fast
 def symmetric_neighbours(
-    x: Any, importance: Any, n: Any, grid: Any, d: Any, sc: Any, low: Any, high: Any
+    x: Any, importance: Any, n: Any, grid: Any, d: Any, sc: Any, low: Any, high: Any, reach: Any
 ) -> Floats:
     """Moves whole-number scales to the best of their neighbours, in place.
 
@@ -335,7 +326,7 @@ def symmetric_neighbours(
         for block in range(count):
             part, w = x[row, block * SUPER : (block + 1) * SUPER], w_row[block * SUPER : (block + 1) * SUPER]
             least[:] = HUGE
-            for k in range(2 * REACH + 1):
+            for k in range(2 * reach + 1):
                 # The present scale first: of equals, it stays.
                 move = 0 if k == 0 else ((k + 1) // 2) * (1 if k % 2 else -1)
                 for j in range(each):

@@ -16,6 +16,10 @@ POLISH = 2
 """Rounds of (nearest codes, best scale) after the best try; more changes the error by less than a thousandth."""
 
 
+LARGEST = 1e15
+"""Far more than any block holds; sums of squares are still finite."""
+
+
 class ScaledBlock(Block):
     """Codes uint8 [rows, columns], numbers of levels from the lowest; params ``scale`` float16 [rows, blocks].
 
@@ -134,7 +138,13 @@ def by_chance(levels: Floats, weight: Tensor, scale: Tensor, noise: Tensor) -> T
 
 
 def weights_of(weight: Tensor, importance: Tensor | None) -> tuple[Floats, Floats]:
-    """Weight and importance [1, columns] as the compiled loops take them."""
+    """Weight and importance [1, columns] as the compiled loops take them.
+
+    Raises:
+        FormatError: weights whose squares would leave float32; no block's scale could hold them either.
+    """
+    if float(weight.abs().max()) > LARGEST:
+        to_half(weight.abs().max())
     given = torch.ones(weight.shape[1]) if importance is None else importance.float()
     return weight.contiguous().numpy(), given.view(1, -1).contiguous().numpy()
 

@@ -26,12 +26,15 @@ FEW = 17
 PREFIX = 17
 """Bits of a float32 that are dropped for the look-up: sign, exponent and 6 bits of the significand remain."""
 
-RANGES = np.linspace(1.1, 0.75, 8, dtype=np.float32)
-"""Widths of a group's range that are tried where scale and minimum are free."""
-REGRESSIONS = 4
-"""Rounds of (nearest codes, regression) for each; they matter more than more ranges do."""
+INSETS = np.array([-0.45, 0.3, 1.05], dtype=np.float32)
+"""Where scale and minimum are free, both ends of a group's range are tried this many steps further in."""
+REGRESSIONS = 3
+"""Rounds of (nearest codes, regression) for each range."""
 
-ZERO, HALF, ONE = np.float32(0), np.float32(0.5), np.float32(1)
+TINY = np.float32(1e-36)
+"""Weights below are taken for zeros: the inverse of their scale would be infinite."""
+
+ZERO, ONE = np.float32(0), np.float32(1)
 
 
 class Levels(NamedTuple):
@@ -214,6 +217,8 @@ def _covers(x: Any, grid: Any, mirror: Any) -> Any:
     extreme = high if high >= -low else low
     up = ONE / last if last > ZERO else ZERO
     down = ONE / first if first < ZERO else ZERO
+    if abs(extreme) < TINY:
+        return ZERO, ONE, ZERO, ZERO
     if high == low:
         end = far if mirror else last if high > ZERO else first
         return high / end if end != ZERO else ZERO, ONE, ZERO, ZERO
@@ -306,6 +311,8 @@ def best_zeros(x: Any, importance: Any, n: Any, top: Any, ratios: Any, polish: A
             high, low = part[0], part[0]
             for value in part:
                 high, low = max(high, value), min(low, value)
+            if max(high, -low) < TINY:
+                continue
             if high == low:  # one step from zero: exact
                 scales[row, group], zeros[row, group] = abs(high), np.uint8(1 if high < ZERO else 0)
                 continue
@@ -348,8 +355,8 @@ def _score(x: Any, w: Any, s: Any, size: Any, low: Any, high: Any) -> Any:
 def best_ranges(x: Any, importance: Any, n: Any, top: Any) -> tuple[Floats, Floats]:
     """Scale and minimum of every group, [rows, groups], for w = s q + m with q = 0..top.
 
-    Every range tried is the group's, shrunk about its middle by one of ``RANGES``; the best (s, m) for given
-    codes is weighted linear regression of x on q.
+    Every range tried is the group's with its ends moved by ``INSETS``; the best (s, m) for given codes is the weighted
+    linear regression of x on q.
     """
     rows, columns = x.shape
     groups = (columns + n - 1) // n
@@ -365,18 +372,19 @@ def best_ranges(x: Any, importance: Any, n: Any, top: Any) -> tuple[Floats, Floa
             for value in part:
                 high, low = max(high, value), min(low, value)
             minima[row, group] = low
-            if high == low:
+            if high - low < TINY:
                 continue
-            middle, half = HALF * (high + low), HALF * (high - low)
+            step = (high - low) / top
             least = np.float32(np.inf)
-            for ratio in RANGES:
-                s, m = np.float32(2) * half * ratio / top, middle - half * ratio
-                for _ in range(REGRESSIONS + 1):
-                    error, s_next, m_next = _regress(part, weight, s, m, top)
-                    error *= (s / half) * (s / half)
-                    if error < least:
-                        least, scales[row, group], minima[row, group] = error, s, m
-                    s, m = s_next, m_next
+            for bottom in INSETS:
+                for peak in INSETS:
+                    s, m = step * (top - bottom - peak) / top, low + bottom * step
+                    for _ in range(REGRESSIONS + 1):
+                        error, s_next, m_next = _regress(part, weight, s, m, top)
+                        error *= (s / step) * (s / step)
+                        if error < least:
+                            least, scales[row, group], minima[row, group] = error, s, m
+                        s, m = s_next, m_next
     return scales, minima
 
 

@@ -1,14 +1,12 @@
-"""GGUF blocks of codes that Poise has found: a matter of layout, nothing is rounded here.
+"""Which GGML type holds a number format, and its bytes: a matter of layout, nothing is rounded here.
 
-A block holds 32 weights of a row. d and m are float16, q the codes shifted to start at zero:
+The stock blocks of llama.cpp are formats of their own name (``q4_k``, ``iq2_xs``), whose ``pack`` gives their bytes. Other
+formats that mean the same are stored in them too: integers with float16 scales in groups of 32, and
 
-    Q8_0   d, 32 x int8                                          w = d * q
-    Q4_0   d, 16 bytes                                           w = d * (q - 8)
-    Q4_1   d, m, 16 bytes                                        w = d * q + m
-    Q5_0   d, 32 high bits (little-endian u32), 16 bytes         w = d * (q - 16)
-    Q5_1   d, m, 32 high bits, 16 bytes                          w = d * q + m
+    MXFP4   e, 16 bytes of codes j | j + 16 << 4                       2^(e - 127) * v
+    NVFP4   4 scales, then for each 16 codes 8 bytes j | j + 8 << 4     e4m3(scale) * v
 
-Byte j of the sixteen holds the low four bits of q[j] and, above them, those of q[j + 16].
+Byte order inside a block is little-endian throughout.
 """
 
 import numpy as np
@@ -18,7 +16,7 @@ from torch import Tensor
 
 from poise.core.errors import FormatError
 from poise.core.format import Format, QTensor
-from poise.core.registry import name_of, spec_of
+from poise.core.registry import build, get, name_of, spec_of
 
 GROUP = 32
 FLOATS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -30,6 +28,11 @@ INTEGERS = {
     (5, False): "Q5_1",
 }
 """(bits, symmetric) -> block."""
+STOCK = (
+    "q1_0", "q2_0", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs",
+    "iq3_s", "iq3_xxs", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_s", "iq1_m", "tq1_0", "tq2_0",
+)  # fmt: skip
+"""Formats whose ``pack`` gives the bytes of the GGML type of the same name."""
 
 Rows = npt.NDArray[np.uint8]
 """Packed rows of a matrix, [rows, bytes of a row]."""
@@ -39,8 +42,12 @@ def block_of(format: Format) -> str | None:
     """Name of the GGML type whose blocks hold exactly this format, None when there is none."""
     kind = name_of(format)
     resolved = format.resolve("float16")
+    if kind in STOCK or kind == "mxfp4":
+        return kind.upper()
     if kind == "float":
         return FLOATS.get(getattr(resolved, "dtype", ""))
+    if kind == "nvfp4":  # the scale of the tensor would be a tensor of its own, which few architectures read
+        return None if getattr(resolved, "tensor_scale", True) else "NVFP4"
     if (
         kind != "int"
         or getattr(resolved, "group", None) != GROUP
@@ -62,12 +69,20 @@ def pack(qtensor: QTensor) -> Rows:
     block = block_of(qtensor.format)
     if block is None:
         raise FormatError(f"llama.cpp has no block for {spec_of(qtensor.format)}")
-    if name_of(qtensor.format) == "float":
+    kind = name_of(qtensor.format)
+    if kind == "float":
         return pack_floats(qtensor.codes)
-    params = [qtensor.params[key] for key in ("scale", "minimum") if key in qtensor.params]
-    if any(param.dtype != torch.float16 for param in params):
-        raise FormatError(f"{block} blocks hold float16 scales, got {params[0].dtype}")
-    return _pack_integers(qtensor.codes, params, int(qtensor.format.bits))
+    if kind in ("mxfp4", "nvfp4"):
+        return _pack_fp4(qtensor.codes, qtensor.params["scale"], 32 if kind == "mxfp4" else 64)
+    codes, params = qtensor.codes, qtensor.params
+    if kind == "int":
+        for key in ("scale", "minimum"):
+            if key in params and params[key].dtype != torch.float16:
+                raise FormatError(f"{block} blocks hold float16 scales, got {params[key].dtype}")
+        if codes.dtype == torch.int8:  # a block's codes start at zero
+            codes = codes.view(torch.uint8) + (1 << int(qtensor.format.bits) - 1)
+    packed: Rows = build("format", block.lower()).pack(codes, params)["blocks"].numpy()
+    return packed
 
 
 def pack_floats(values: Tensor) -> Rows:
@@ -75,23 +90,20 @@ def pack_floats(values: Tensor) -> Rows:
     return values.contiguous().view(torch.uint8).numpy()
 
 
-def _pack_integers(codes: Tensor, params: list[Tensor], bits: int) -> Rows:
-    rows, columns = codes.shape
-    groups = columns // GROUP
-    parts = [param.contiguous().view(torch.uint8).view(rows, groups, 2) for param in params]
-    if bits == 8:
-        parts.append(codes.contiguous().view(torch.uint8).view(rows, groups, GROUP))
-    else:
-        parts += _nibbles(codes.view(rows, groups, GROUP), bits)
-    return torch.cat(parts, dim=-1).view(rows, -1).numpy()
+def unpack(rows: Tensor, block: str, columns: int) -> Tensor:
+    """Float32 values [rows, columns] of uint8 rows of one of ``STOCK``, for blocks that the gguf package lacks."""
+    return QTensor.unpack({"blocks": rows}, build("format", block.lower()), columns).decode()
 
 
-def _nibbles(codes: Tensor, bits: int) -> list[Tensor]:
-    """Bytes of 4- and 5-bit codes: high bits if there are any, then the low ones in pairs."""
-    lowest = -(2 ** (bits - 1)) if codes.dtype == torch.int8 else 0
-    q = (codes - lowest).view(torch.uint8)
-    low = (q[..., : GROUP // 2] & 15) | (q[..., GROUP // 2 :] << 4)
-    if bits == 4:
-        return [low]
-    high = ((q >> 4).long() << torch.arange(GROUP)).sum(-1, keepdim=True)
-    return [high.view(torch.uint8)[..., : GROUP // 8], low]
+def known(block: str) -> bool:
+    """Whether ``unpack`` decodes these blocks."""
+    return block.lower() in STOCK and get("format", block.lower()) is not None
+
+
+def _pack_fp4(codes: Tensor, scale: Tensor, columns: int) -> Rows:
+    """Scales of a block, then the codes of each of its groups in pairs."""
+    rows, groups = scale.shape
+    share = columns * groups // codes.shape[1]  # groups of a block
+    low, high = codes.view(rows, groups // share, share, 2, -1).unbind(-2)
+    parts = (scale.view(rows, -1, share), (low | high << 4).flatten(-2))
+    return torch.cat(parts, dim=-1).flatten(1).numpy()

@@ -74,6 +74,10 @@ class Header:
         return self.metadata[key].value if key in self.metadata else default
 
 
+NEWER = {"Q2_0": (42, 64, 18)}
+"""GGML types that llama.cpp has and the gguf package does not know yet: number, weights and bytes of a block."""
+
+
 def u32(value: int) -> Value:
     """A 32-bit unsigned number."""
     return Value(4, None, int(value))
@@ -111,8 +115,21 @@ def floats(values: list[float]) -> Value:
 
 def type_size(name: str) -> tuple[int, int]:
     """Weights in a block of a GGML type, and bytes of a block."""
+    if name in NEWER:
+        return NEWER[name][1:]
     block, nbytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]
     return int(block), int(nbytes)
+
+
+def type_number(name: str) -> int:
+    """The number of a GGML type."""
+    return NEWER[name][0] if name in NEWER else int(gguf.GGMLQuantizationType[name])
+
+
+def type_name(number: int) -> str:
+    """The name of a GGML type. Raises ``ValueError`` for a number that is none."""
+    newer = {entry[0]: name for name, entry in NEWER.items()}
+    return newer.get(number) or gguf.GGMLQuantizationType(number).name
 
 
 def read_header(path: Path) -> Header:
@@ -235,7 +252,7 @@ def _place(
     name: str, shape: tuple[int, ...], number: int, offset: int, begin: int, alignment: int, size: int
 ) -> Entry:
     try:
-        kind = gguf.GGMLQuantizationType(number).name
+        kind = type_name(number)
     except ValueError:
         raise ValueError(f"{name} has the unknown type {number}") from None
     block, block_bytes = type_size(kind)
