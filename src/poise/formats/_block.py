@@ -55,13 +55,17 @@ class Block(Format):
 
     def pack(self, codes: Tensor, params: Params) -> dict[str, Tensor]:
         """``blocks`` uint8 [rows, bytes of a row]."""
-        rows = codes.shape[0]
-        count = self.columns_of(codes, params) // self.columns
+        rows, count = codes.shape[0], self.columns_of(codes, params) // self.columns
+        if not rows:
+            return {"blocks": torch.empty(0, count * self.nbytes, dtype=torch.uint8)}
         return {"blocks": self.to_bytes(codes, params).reshape(rows, count * self.nbytes).contiguous()}
 
     def unpack(self, stored: Mapping[str, Tensor], columns: int) -> tuple[Tensor, Params]:
-        blocks = stored["blocks"]
-        return self.from_bytes(blocks.reshape(blocks.shape[0], columns // self.columns, self.nbytes))
+        blocks, count = stored["blocks"], columns // self.columns
+        if not len(blocks):
+            codes, params = self.from_bytes(torch.zeros(1, count, self.nbytes, dtype=torch.uint8))
+            return codes[:0], {key: value[:0] for key, value in params.items()}
+        return self.from_bytes(blocks.reshape(len(blocks), count, self.nbytes))
 
     @abstractmethod
     def to_bytes(self, codes: Tensor, params: Params) -> Tensor:

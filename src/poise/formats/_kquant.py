@@ -75,7 +75,7 @@ class AffineSuperBlock(SuperBlock):
         top = np.float32(self.top)
         real = affine_groups(x, w, self.group, top)
         scale, minimum = (torch.from_numpy(part).view(shape) for part in real)
-        d, dmin = (to_half(part.amax(-1) / self.most) for part in (scale, minimum))
+        d, dmin = (best_unit(part, self.most) for part in (scale, minimum))
         sc, mn = (nearest_whole(part, unit, 0, self.most) for part, unit in ((scale, d), (minimum, dmin)))
         best = None
         for reach in REACHES:
@@ -131,8 +131,7 @@ class SymmetricSuperBlock(SuperBlock):
         grid = make_grid(self.levels)
         scales, _ = best_scales(x, w, self.group, grid, SCALES, True, 2)
         scale = torch.from_numpy(scales).view(weight.shape[0], -1, SUPER // self.group)
-        extreme = scale.gather(-1, scale.abs().argmax(-1, keepdim=True)).squeeze(-1)
-        d = to_half(extreme / self.low)
+        d = best_unit(scale, self.low)
         sc = nearest_whole(scale, d, self.low, self.high)
         best = None
         for reach in REACHES:
@@ -163,7 +162,7 @@ class SymmetricSuperBlock(SuperBlock):
         return spread(params["d"].float(), params["scale"].shape[1]) * params["scale"]
 
 
-SCALES = np.linspace(1.1, 0.65, 8, dtype=np.float32)
+SCALES = np.append(np.float32(1), np.linspace(1.1, 0.65, 8, dtype=np.float32))
 """Scales of a symmetric group that are tried, as shares of the one that covers it."""
 
 
@@ -191,6 +190,26 @@ def keep_better(best: Best | None, error: Tensor, params: dict[str, Tensor]) -> 
         for key, value in params.items()
     }
     return Best(torch.where(better, error, best.error), kept)
+
+
+def best_unit(values: Tensor, extreme: int) -> Tensor:
+    """The float16 unit in which values [rows, super-blocks, groups] are nearest to whole numbers, [rows, super-blocks].
+
+    The value of largest magnitude becomes ``extreme``, or one of the next smaller numbers. Values that are multiples of
+    a unit are found to be so.
+    """
+    largest = values.gather(-1, values.abs().argmax(-1, keepdim=True)).squeeze(-1)
+    best, least = torch.zeros_like(largest, dtype=torch.float16), torch.full_like(largest, torch.inf)
+    for number in range(abs(extreme), max(1, abs(extreme) - UNITS), -1):
+        unit = to_half(largest / number * (1 if extreme > 0 else -1))
+        divisor = torch.where(unit == 0, torch.inf, unit.float()).unsqueeze(-1)
+        error = (values - (values / divisor).round() * unit.unsqueeze(-1)).square().sum(-1)
+        best, least = torch.where(error < least, unit, best), torch.minimum(error, least)
+    return best
+
+
+UNITS = 16
+"""Whole numbers that are tried for the largest scale of a super-block."""
 
 
 def nearest_whole(values: Tensor, unit: Tensor, low: int, high: int) -> Tensor:

@@ -26,8 +26,9 @@ FEW = 17
 PREFIX = 17
 """Bits of a float32 that are dropped for the look-up: sign, exponent and 6 bits of the significand remain."""
 
-INSETS = np.array([-0.45, 0.3, 1.05], dtype=np.float32)
-"""Where scale and minimum are free, both ends of a group's range are tried this many steps further in."""
+INSETS = np.array([-0.5, 0.0, 0.8], dtype=np.float32)
+"""Where scale and minimum are free, both ends of a group's range are tried this many steps further in. With 0, decoded
+weights are encoded to themselves."""
 REGRESSIONS = 3
 """Rounds of (nearest codes, regression) for each range."""
 

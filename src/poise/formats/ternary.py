@@ -49,7 +49,7 @@ class Ternary(Grid):
 
     def pack(self, codes: Tensor, params: Params) -> dict[str, Tensor]:
         """``packed`` uint8 [rows, columns / 5], base 3, the first weight in the lowest place."""
-        fives = pad(codes, (0, -codes.shape[1] % TRITS)).view(codes.shape[0], -1, TRITS)
+        fives = pad(codes, (0, -codes.shape[1] % TRITS)).unflatten(1, (-(-codes.shape[1] // TRITS), TRITS))
         packed = (fives * PLACES).sum(-1).to(torch.uint8)
         return {"packed": packed, **{key: self.groups.kept(value) for key, value in params.items()}}
 
@@ -62,4 +62,5 @@ class Ternary(Grid):
 
 def _run_sums(values: Tensor, n: int) -> Tensor:
     """Sums of runs of n columns, [rows, runs]; the last may be shorter."""
-    return pad(values, (0, -values.shape[1] % n)).view(values.shape[0], -1, n).sum(-1)
+    runs = -(-values.shape[1] // n)
+    return pad(values, (0, runs * n - values.shape[1])).view(values.shape[0], runs, n).sum(-1)
