@@ -16,7 +16,7 @@ SPECS = [
     "kmeans(bits=5, group=64)",
     "vector",
     "vector(dim=8, stages=2)",
-    "vector(bits=3, stages=2, beam=3)",
+    "vector(bits=3, stages=2, beam=16)",
 ]
 LLOYD_MAX = {1: 0.3634, 2: 0.1175, 3: 0.03454, 4: 0.009497, 5: 0.002499}
 """Squared error on a Gaussian of variance one (Max 1960)."""
@@ -98,7 +98,8 @@ def test_invariances(spec):
     assert torch.equal(solve(4 * weight, spec).decode(), 4 * decoded)
     assert torch.equal(solve(weight[order], spec).decode(), decoded[order])
     assert torch.equal(quantized[3:7].decode(), decoded[3:7])
-    assert torch.equal(quantized.format.round(decoded, quantized.params), quantized.codes)
+    again = quantized.format.round(decoded, quantized.params)
+    assert torch.equal(quantized.format.decode(again, quantized.params), decoded)
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -172,7 +173,8 @@ def test_kmeans_is_near_the_exact_optimum(bits, columns, tails):
     best = torch.tensor([exact_error(row, importance, 1 << bits) for row in weight], dtype=torch.float64)
     ratio = (found * importance).double().sum(1) / best
     assert (ratio > 0.9999).all()
-    assert ratio.mean() < 1.1
+    assert ratio.mean() < 1.005
+    assert ratio.max() < 1.02
 
 
 def test_few_different_values_are_exact():
@@ -206,12 +208,12 @@ def test_scalar_rounding_is_nearest_and_by_chance_unbiased(bits):
     [
         ("vector", 0.0995),
         ("vector(bits=4, dim=2)", 0.0083),
-        ("vector(dim=8, stages=2)", 0.0940),
+        ("vector(dim=8, stages=2)", 0.0925),
         ("vector(bits=1, dim=8)", 0.326),
     ],
 )
 def test_expected_error_of_vectors_on_gaussian_weights(spec, expected):
-    assert error(gaussian(64, 2048), spec) == pytest.approx(expected, rel=0.03)
+    assert error(gaussian(256, 4096), spec) == pytest.approx(expected, rel=0.02)
 
 
 def test_one_stage_finds_the_nearest_vector():

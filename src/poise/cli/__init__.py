@@ -7,7 +7,7 @@ from typing import NoReturn
 
 import typer
 
-from poise.cli import bench, doctor, evaluate, inspect, probe, quantize
+from poise.cli import bench, doctor, evaluate, formats, inspect, probe, quantize
 from poise.core.errors import PoiseError
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ app = typer.Typer(
 app.command("quantize")(quantize.run)
 app.command("evaluate")(evaluate.run)
 app.command("inspect")(inspect.run)
+app.command("formats")(formats.run)
 app.command("bench")(bench.run)
 app.command("doctor")(doctor.run)
 app.command("probe", hidden=True)(probe.run)

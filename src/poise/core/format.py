@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+
 from torch import Tensor
 
 from poise.core.errors import UsageError
@@ -174,3 +175,26 @@ class QTensor:
     def unpack(cls, stored: Mapping[str, Tensor], format: Format, columns: int) -> "QTensor":
         codes, params = format.unpack(stored, columns)
         return cls(codes=codes, params=params, format=format)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FormatFacts:
+    """One row of the table of formats.
+
+    Attributes:
+        bits_per_weight: with all metadata, of a [4096, 4096] weight with 16-bit scales.
+        group: weights of a row that share a scale.
+        width: columns rounded together; 0 for a whole row.
+        gaussian, heavy: signal-to-noise ratio in dB of ``search`` without importance on normal weights, and on weights of
+            Student's t with 5 degrees of freedom; None when it was not measured.
+        exporters: exporter -> yes, or no and the reason.
+    """
+
+    spec: str
+    name: str
+    bits_per_weight: float
+    group: int
+    width: int
+    gaussian: float | None
+    heavy: float | None
+    exporters: dict[str, str]

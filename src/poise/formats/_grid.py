@@ -1,5 +1,6 @@
 """Scalar grids: w = scale * level. A format says which levels its codes have; all else is here."""
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
@@ -22,6 +23,7 @@ from poise.formats._search import (
     best_candidate,
     best_scales,
     make_levels,
+    narrower,
     nearest_codes,
 )
 
@@ -99,7 +101,7 @@ class Grid(Format):
         """Scales of least squared error that can be stored, float32 [rows, groups]."""
         x, w, n = self.groups.view(weight, importance)
         arrays = (x.numpy(), w.numpy(), n)
-        scales, _ = best_scales(*arrays, table.levels, table.ratios, self.scales.negative, POLISH)
+        scales, _ = best_scales(*arrays, table.levels, table.ratios(n), self.scales.negative, POLISH)
         found = torch.from_numpy(scales)
         near = self.scales.around(found)
         if near is not None:
@@ -154,13 +156,30 @@ class Table(NamedTuple):
         values: of every code, float32.
         levels: without duplicates.
         codes: of the levels, uint8.
-        ratios: scales worth trying, as multiples of the one that covers the group.
     """
 
     values: Tensor
     levels: Levels
     codes: Codes
-    ratios: Floats
+
+    def ratios(self, n: int) -> Floats:
+        """Scales worth trying for groups of n, as multiples of the one that covers the group.
+
+        From just covering it down to where Gaussian weights are best clipped, and a little below. A group whose largest
+        weight is not on the outermost level is found by the ratios above 1, so that decoded weights are encoded to
+        themselves.
+        """
+        levels = self.levels.values
+        _, narrowest, tries, inner = next(choice for choice in TRIES if len(levels) <= choice[0])
+        if levels[0] != -levels[-1]:  # then each is tried with both signs
+            tries = tries * 3 // 4
+        ends = [levels[-1] / level for level in levels[-1 - inner : -1] if level > 0]
+        ends += [levels[0] / level for level in levels[1 : 1 + inner] if level < 0]
+        above = sorted({float(ratio) for ratio in ends if ratio < 2.5})
+        widest = min(1.6, max([1.0, *above[:1]]))  # the largest weight may do better one level further in
+        lowest = narrower(narrowest, n)
+        tries += round(tries * math.log(narrowest / lowest))
+        return np.array([*above, 1.0, *np.geomspace(widest, lowest, tries)], dtype=np.float32)
 
 
 @cache
@@ -186,24 +205,7 @@ def table_of(values: Tensor) -> Table:
         torch.nan_to_num(values.float(), nan=0.0),
         make_levels(levels, bounds),
         chosen.astype(np.uint8),
-        _ratios(levels),
     )
-
-
-def _ratios(levels: Floats) -> Floats:
-    """From just covering the group down to where Gaussian weights are best clipped, and a little below.
-
-    A group whose largest weight is not on the outermost level is found by the ratios above 1, so that decoded
-    weights are encoded to themselves.
-    """
-    _, narrowest, tries, inner = next(choice for choice in TRIES if len(levels) <= choice[0])
-    if levels[0] != -levels[-1]:  # then each is tried with both signs
-        tries = tries * 3 // 4
-    ends = [levels[-1] / level for level in levels[-1 - inner : -1] if level > 0]
-    ends += [levels[0] / level for level in levels[1 : 1 + inner] if level < 0]
-    above = sorted({float(ratio) for ratio in ends if ratio < 2.5})
-    widest = min(1.6, max([1.0, *above[:1]]))  # the largest weight may do better one level further in
-    return np.array([*above, 1.0, *np.geomspace(widest, narrowest, tries)], dtype=np.float32)
 
 
 TRIES = ((4, 0.15, 14, 1), (8, 0.3, 12, 1), (17, 0.55, 11, 1), (256, 0.7, 4, 3))

@@ -1,8 +1,9 @@
 """One-dimensional weighted k-means on sorted values, compiled.
 
 Sorted, a cluster is a run, and its mass and mean are differences of prefix sums: a round of Lloyd's algorithm (1982)
-costs a few steps for each level, not one for each weight. It starts from levels as dense as the cube root of the
-density of the weights, which is the best for many levels (Panter and Dite 1951), and so ends in a good optimum.
+costs a few steps for each level, not one for each weight. For up to ``EXACT`` levels it starts from the best runs
+that can be made of a few short ones a level, by dynamic programming: in groups of few weights, the exact optimum. More levels start as dense as the cube root of the density of the weights, the best for very
+many (Panter and Dite 1951), as are the short runs.
 """
 
 from typing import Any
@@ -15,9 +16,14 @@ from poise.formats._compiled import exact, fast, inlined
 Floats = npt.NDArray[np.float32]
 
 ROUNDS = 100
-"""Of Lloyd's algorithm at most; the error of Gaussian rows settles in 20 to 60."""
-SETTLED = 1e-5
+"""Of Lloyd's algorithm at most; after exact runs few are needed."""
+SETTLED = 1e-4
 """Share of the squared error; a round that lowers it by less is the last."""
+EXACT = 16
+"""Levels up to which runs are the best, in time that grows with the square of their number."""
+COARSE, FEWEST = 6, 64
+"""Short runs for each level, and at least: the error is 1.002 times that of the exact optimum, with 12 it is 1.0005
+times, in rows of 1024 weights with and without heavy tails."""
 BATCH = 1024
 """Weights that are rounded at once."""
 FEW = 32
@@ -49,6 +55,9 @@ def _codebooks(x: Any, w: Any, count: Any) -> Floats:
     value, mass = np.empty(n, np.float64), np.empty(n, np.float64)
     below, moment = np.zeros(n + 1, np.float64), np.zeros(n + 1, np.float64)
     level, end = np.empty(count, np.float64), np.zeros(count + 1, np.int64)
+    coarse = min(max(COARSE * count, FEWEST), n) if count <= EXACT else 0
+    short = np.zeros(coarse + 1, np.int64)
+    room = np.empty((2, coarse + 1), np.float64), np.zeros((count, coarse + 1), np.int64)
     for row in range(groups):
         unit = np.float64(max(-x[row, 0], x[row, n - 1]))
         m = _distinct(x[row], w[row % w.shape[0]], unit, count, value, mass)
@@ -61,7 +70,12 @@ def _codebooks(x: Any, w: Any, count: Any) -> Floats:
             below[i + 1] = below[i] + mass[i]
             moment[i + 1] = moment[i] + mass[i] * value[i]
             energy += mass[i] * value[i] * value[i]
-        _spread(value, mass, m, end)
+        if coarse > 0:
+            runs = min(coarse, m)
+            _spread(value, mass, m, short[: runs + 1])
+            _best_runs(below, moment, short[: runs + 1], end, room)
+        else:
+            _spread(value, mass, m, end)
         _lloyd(value, below, moment, m, energy, level, end)
         for i in range(count):
             out[row, i] = np.float32(level[i] * unit)
@@ -112,6 +126,48 @@ def _spread(value: Any, mass: Any, m: Any, end: Any) -> None:
             passed += np.cbrt((mass[i] + mass[i + 1]) * gap * gap)
             i += 1
         end[k] = min(i, m - count + k)
+
+
+@inlined
+def _best_runs(below: Any, moment: Any, short: Any, end: Any, room: Any) -> None:
+    """Ends of the runs, made of short ones, that explain most.
+
+    best[k, j], what k + 1 runs explain of the first j short ones, comes from best[k - 1, i] and one more run; the best i
+    grows with j (Wu 1991), so it lies between those of the neighbours on either side, found before at twice the step.
+    """
+    (best, next_best), start = room
+    count, runs = end.shape[0] - 1, short.shape[0] - 1
+    best[0] = 0.0
+    for j in range(1, runs + 1):
+        best[j] = moment[short[j]] * moment[short[j]] / below[short[j]]
+    step = 1
+    while step <= runs:
+        step *= 2
+    for k in range(1, count):
+        stride = step
+        while stride > 0:
+            for j in range(stride, runs + 1, 2 * stride):
+                if j <= k:  # a run for each
+                    start[k, j] = max(j - 1, 0)
+                    next_best[j] = best[j]
+                    continue
+                low = max(start[k, j - stride], k) if j - stride > k else k
+                high = min(start[k, j + stride], j - 1) if j + stride <= runs else j - 1
+                top = -1.0
+                for i in range(low, high + 1):
+                    p = moment[short[j]] - moment[short[i]]
+                    explained = best[i] + p * p / (below[short[j]] - below[short[i]])
+                    if explained > top:
+                        top, start[k, j] = explained, i
+                next_best[j] = top
+            stride //= 2
+        best[: runs + 1] = next_best[: runs + 1]
+    j = runs
+    end[count] = short[runs]
+    for k in range(count - 1, 0, -1):
+        j = start[k, j]
+        end[k] = short[j]
+    end[0] = 0
 
 
 @inlined

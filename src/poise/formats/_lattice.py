@@ -76,7 +76,7 @@ class Lattice(Block):
 
     def fit(self, weight: Tensor, importance: Tensor | None = None) -> Params:
         ratios = np.geomspace(*self.reach, self.tries, dtype=np.float32)
-        given = _positive(importance, weight.shape[1], BLOCK)
+        given = positive(importance, weight.shape[1], BLOCK)
         found = fit_scales(weight.contiguous().numpy(), given, self.shape, ratios)
         d, s, variant = map(torch.from_numpy, found)
         params = {"d": to_half(d), "s": s}
@@ -94,8 +94,12 @@ class Lattice(Block):
         units = weight.shape[1] // self.width
         scale = spread(self.scale(params), units).contiguous()
         variant = params.get("variant")
-        kind = torch.zeros_like(scale, dtype=torch.uint8) if variant is None else spread(variant, units).contiguous()
-        given = _positive(importance, weight.shape[1], self.width)
+        kind = (
+            torch.zeros_like(scale, dtype=torch.uint8)
+            if variant is None
+            else spread(variant, units).contiguous()
+        )
+        given = positive(importance, weight.shape[1], self.width)
         arrays = (weight.contiguous().numpy(), given, scale.numpy(), kind.numpy())
         return torch.from_numpy(nearest_codes(*arrays, self.shape))
 
@@ -108,26 +112,30 @@ class Lattice(Block):
             index += spread(variant, units).int().unsqueeze(-1) * (last + 1)
         values = points[index].view(rows, units, self.width)
         if self.signs != NONE:
-            values *= _signs(self.width, self.signs)[codes >> parts * self.index_bits]
-        values = values.view(rows, -1)
+            values *= sign_table(self.width, self.signs)[codes >> parts * self.index_bits]
+        values = values.view(rows, units * self.width)
         return values.mul_(spread(self.scale(params), values.shape[1]))
+
+
+def runs(values: Tensor, length: int) -> Tensor:
+    """[..., n] as [..., n / length, length]."""
+    return values.reshape(*values.shape[:-1], values.shape[-1] // length, length)
 
 
 def little_endian(fields: Tensor, nbytes: int) -> Tensor:
     """The lowest bytes of every integer of [..., n], as uint8 [..., n nbytes]."""
-    raw = fields.long().contiguous().view(torch.uint8).unflatten(-1, (-1, 8))
-    return raw[..., :nbytes].flatten(-2)
+    return runs(fields.long().contiguous().view(torch.uint8), 8)[..., :nbytes].flatten(-2)
 
 
 def from_little_endian(raw: Tensor, nbytes: int) -> Tensor:
-    """Inverse of ``little_endian``: int32, or int64 where bytes are four."""
-    fields = raw.unflatten(-1, (-1, nbytes)).long() << torch.arange(0, 8 * nbytes, 8)
-    return fields.sum(-1) if nbytes > 3 else fields.sum(-1).int()
+    """Inverse of ``little_endian``: int32, or int64 where there are four bytes."""
+    fields = join(raw, 8, nbytes)
+    return fields if nbytes > 3 else fields.int()
 
 
 def join(fields: Tensor, bits: int, count: int) -> Tensor:
     """Runs of ``count`` fields of ``bits`` bits as one number each, the first in the lowest bits; int64."""
-    return (fields.long().unflatten(-1, (-1, count)) << torch.arange(0, bits * count, bits)).sum(-1)
+    return (runs(fields.long(), count) << torch.arange(0, bits * count, bits)).sum(-1)
 
 
 def split(numbers: Tensor, bits: int, count: int) -> Tensor:
@@ -147,7 +155,7 @@ def _transposed(table: str) -> Floats:
 
 
 @cache
-def _signs(width: int, signs: int) -> Tensor:
+def sign_table(width: int, signs: int) -> Tensor:
     """+1 and -1 for every stored bit pattern, [patterns, width]."""
     patterns = torch.arange(1 << (width - 1 if signs == EVEN else width)).unsqueeze(1)
     minus = patterns >> torch.arange(width) & 1
@@ -156,7 +164,7 @@ def _signs(width: int, signs: int) -> Tensor:
     return 1.0 - 2.0 * minus
 
 
-def _positive(importance: Tensor | None, columns: int, span: int) -> Floats:
+def positive(importance: Tensor | None, columns: int, span: int) -> Floats:
     """Importance for the loops: relative to the largest of a span of columns, none of it nothing."""
     if importance is None:
         return np.ones(columns, dtype=np.float32)

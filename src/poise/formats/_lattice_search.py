@@ -15,6 +15,8 @@ is then the least of C - 2 e A + e^2 B over its lines: exact at the scales that 
 between them. So hundreds of pairs of d and s are compared without touching the weights again.
 """
 
+# mypy: disallow-untyped-defs=False
+
 import math
 from typing import Any, NamedTuple
 
@@ -25,7 +27,6 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 Floats = npt.NDArray[np.float32]
-Codes = npt.NDArray[np.int32]
 
 NONE, FREE, EVEN = 0, 1, 2
 """Signs are in the points; are stored for every column; are stored for every column but one, and even in number."""
@@ -38,13 +39,16 @@ TRIES = 24
 POLISH = 4
 """Repetitions of (least-squares d, best s)."""
 TINY, HUGE = np.float32(1e-20), np.float32(1e12)
-"""Largest magnitudes of a block that float16 scales are too coarse, or too small, for in every format."""
+"""Blocks of smaller magnitude are zero, of larger magnitude refused: no format of float16 scales reaches so far."""
+LEAST = 2.0**-24
+"""The smallest float16."""
 SMALL = np.float32(1 / 256)
+"""The least root mean square of a group that scales are tried for, relative to the block's largest magnitude."""
 FAR = np.float32(1e6)
 """Farther than this, in units of the scale, all is outside the lattice alike."""
 
 # Everything the loops see is finite: blocks are normalised, and what cannot be is settled before.
-_loop = njit(nogil=True, cache=True, error_model="numpy", fastmath=True)
+loop = njit(nogil=True, cache=True, error_model="numpy", fastmath=True)
 
 
 class Shape(NamedTuple):
@@ -73,7 +77,12 @@ class Shape(NamedTuple):
     top: int
 
 
-@intrinsic
+def _instruction(function: Any) -> Any:
+    """What writes LLVM instructions; the typing context comes before its arguments."""
+    return intrinsic(function)
+
+
+@_instruction
 def _order(typing: Any, value: Any) -> Any:
     """The bits of a float32 as int32: the same order, for positive numbers."""
     return types.int32(types.float32), lambda context, builder, signature, arguments: builder.bitcast(
@@ -81,7 +90,7 @@ def _order(typing: Any, value: Any) -> Any:
     )
 
 
-@intrinsic
+@_instruction
 def _tagged(typing: Any, value: Any, mask: Any, tag: Any) -> Any:
     """``_order(value) & mask | tag``, which numba would do in 64 bits."""
 
@@ -92,7 +101,7 @@ def _tagged(typing: Any, value: Any, mask: Any, tag: Any) -> Any:
     return types.int32(types.float32, types.int32, types.int32), generate
 
 
-@intrinsic
+@_instruction
 def _unless_less(typing: Any, left: Any, right: Any, value: Any) -> Any:
     """``2147483647 if left < right else value`` for positive numbers, in arithmetic: a branch would stay a branch."""
 
@@ -104,8 +113,8 @@ def _unless_less(typing: Any, left: Any, right: Any, value: Any) -> Any:
     return types.int32(types.int32, types.int32, types.int32), generate
 
 
-@_loop
-def _project(weighted, odd, points, scores):  # type: ignore[no-untyped-def]
+@loop
+def project(weighted, odd, points, scores):
     """scores[part, 0, k] = A of a part of the unit, scores[part, 1, k] that with one sign wrong, if the unit is odd.
 
     weighted is w x, or w |x|; four dimensions at a time.
@@ -133,8 +142,8 @@ def _project(weighted, odd, points, scores):  # type: ignore[no-untyped-def]
                 wrong[k] = right[k] - np.float32(2) * wrong[k]
 
 
-@_loop
-def _nearest_four(a, b, c, moved, scales, first, index, found):  # type: ignore[no-untyped-def]
+@loop
+def _nearest_four(a, b, c, moved, scales, first, index, found):
     """found[:4] = points of (almost) least error at four scales, if all A are moved by half of ``moved``.
 
     The index is kept in the lowest bits of the error, which are lost to the comparison.
@@ -156,8 +165,8 @@ def _nearest_four(a, b, c, moved, scales, first, index, found):  # type: ignore[
     found[0], found[1], found[2], found[3] = m0 & index, m1 & index, m2 & index, m3 & index
 
 
-@_loop
-def _nearest(a, b, c, order):  # type: ignore[no-untyped-def]
+@loop
+def nearest(a, b, c, order):
     """The first point of least error at scale 1."""
     least = where = np.int32(2147483647)
     for k in range(a.shape[0]):
@@ -170,9 +179,9 @@ def _nearest(a, b, c, order):  # type: ignore[no-untyped-def]
     return where
 
 
-@_loop
-def _half(value):  # type: ignore[no-untyped-def]
-    """The nearest float16, as a float; infinity beyond."""
+@loop
+def _half(value):
+    """The nearest float16, as a float; 1e30 beyond."""
     if value <= 0:
         return np.float32(0)
     _, exponent = math.frexp(value)
@@ -181,12 +190,12 @@ def _half(value):  # type: ignore[no-untyped-def]
     return np.float32(rounded) if rounded <= 65504 else np.float32(1e30)
 
 
-@_loop
-def _measure(x, importance, mean):  # type: ignore[no-untyped-def]
-    """The largest magnitude of a block, 0 where float16 would hold no scale for it.
+@loop
+def _measure(x, importance, mean):
+    """The largest magnitude of a block, 0 where every float16 scale is too large for it.
 
-    Fills mean with the weighted root mean square of each group, relative to the largest magnitude. Where it is next to
-    nothing the smallest scale will do, so that it stays large enough to divide by.
+    Fills mean with the weighted root mean square of each group, relative to the largest magnitude; it stays large enough
+    to divide by, as next to nothing the smallest scale will do.
     """
     size = np.float32(0)
     for j in range(BLOCK):
@@ -204,8 +213,8 @@ def _measure(x, importance, mean):  # type: ignore[no-untyped-def]
     return size
 
 
-@_loop
-def _signed(x, weights, signs, weighted):  # type: ignore[no-untyped-def]
+@loop
+def signed(x, weights, signs, weighted):
     """Fills weighted with w x, or with w |x| where signs are stored; returns the bits of the signs, C, and sum w x.
 
     C is a little too large, so that rounding never makes an error negative.
@@ -222,15 +231,26 @@ def _signed(x, weights, signs, weighted):  # type: ignore[no-untyped-def]
     return bits, square * np.float32(1.0001) + np.float32(1e-20), total
 
 
-@_loop
-def _odd(bits):  # type: ignore[no-untyped-def]
+@loop
+def cheapest(weighted, points, part, k):
+    """The column whose wrong sign costs least."""
+    best, where = np.float32(3e38), 0
+    for j in range(points.shape[0]):
+        cost = weighted[part * points.shape[0] + j] * points[j, k]
+        if cost < best:
+            best, where = cost, part * points.shape[0] + j
+    return where
+
+
+@loop
+def is_odd(bits):
     bits ^= bits >> 4
     bits ^= bits >> 2
     return ((bits ^ bits >> 1) & 1) == 1
 
 
-@_loop
-def _squares(weights, points, shifts, b):  # type: ignore[no-untyped-def]
+@loop
+def squares(weights, points, shifts, b):
     """b[variant, part, k] = sum_j w_j (g_kj + shift)^2."""
     b[:] = 0
     dimensions = points.shape[0]
@@ -243,32 +263,36 @@ def _squares(weights, points, shifts, b):  # type: ignore[no-untyped-def]
                     target[k] += weight * value * value
 
 
-@_loop
-def _choice(choice, odd, parts):  # type: ignore[no-untyped-def]
-    """(whether a sign is wrong, which shift) of a part's first and second choice."""
+@loop
+def _choice(choice, odd, parts):
+    """(whether a sign is wrong, which shift) of a part's first or second choice."""
     if odd:
         return (choice, 0) if parts > 1 else (1, 0)
     return 0, choice
 
 
-@_loop
-def _second(e, total, odd, scores, shifts, b, found):  # type: ignore[no-untyped-def]
-    """The part whose second choice is to be taken, -1 for none. Of an odd unit of two parts it is exactly one."""
-    parts, where, best = scores.shape[0], -1, np.float32(3e38) if odd else np.float32(0)
-    for part in range(parts):
-        error0, error1 = np.float32(0), np.float32(0)
-        for choice in range(2):
-            way, shift = _choice(choice, odd, parts)
-            k = found[part, choice]
-            error0 = error1
-            error1 = e * b[shift, part, k] - 2 * (scores[part, way, k] + shifts[shift] * total)
-        if error1 - error0 < best:
-            where, best = part, error1 - error0
+@loop
+def _line(part, choice, k, total, odd, scores, shifts, b):
+    """(A, B) of a part that is point k."""
+    way, shift = _choice(choice, odd, scores.shape[0])
+    return scores[part, way, k] + shifts[shift] * total, b[shift, part, k]
+
+
+@loop
+def _second(e, found, total, odd, scores, shifts, b):
+    """The part whose second choice is taken, -1 for none. In an odd unit of two parts it is exactly one."""
+    where, best = -1, np.float32(3e38) if odd else np.float32(0)
+    for part in range(scores.shape[0]):
+        a0, b0 = _line(part, 0, found[part, 0], total, odd, scores, shifts, b)
+        a1, b1 = _line(part, 1, found[part, 1], total, odd, scores, shifts, b)
+        more = e * (b1 - b0) - 2 * (a1 - a0)
+        if more < best:
+            where, best = part, more
     return where
 
 
-@_loop
-def _add_lines(square, total, odd, scores, shifts, b, scales, found, line_a, line_b):  # type: ignore[no-untyped-def]
+@loop
+def _add_lines(square, total, odd, scores, shifts, b, scales, found, line_a, line_b):
     """Adds A and B of one unit's nearest points at every scale to its group's lines."""
     parts, index = scores.shape[0], np.int32(scores.shape[2] - 1)
     choices = 2 if odd and parts > 1 else shifts.shape[0]
@@ -276,23 +300,21 @@ def _add_lines(square, total, odd, scores, shifts, b, scales, found, line_a, lin
         for part in range(parts):
             for choice in range(choices):
                 way, shift = _choice(choice, odd, parts)
-                moved = np.float32(2) * shifts[shift] * total
-                _nearest_four(
-                    scores[part, way], b[shift, part], square, moved, scales, first, index, found[:, part, choice]
-                )
+                moved, target = np.float32(2) * shifts[shift] * total, found[:, part, choice]
+                _nearest_four(scores[part, way], b[shift, part], square, moved, scales, first, index, target)
         for i in range(BATCH):
-            e = scales[first + i]
-            second = _second(e, total, odd, scores, shifts, b, found[i]) if choices > 1 else -1
+            t, second = first + i, -1
+            if choices > 1:
+                second = _second(scales[t], found[i], total, odd, scores, shifts, b)
             for part in range(parts):
                 choice = 1 if part == second else 0
-                way, shift = _choice(choice, odd, parts)
-                k = found[i, part, choice]
-                line_a[first + i] += scores[part, way, k] + shifts[shift] * total
-                line_b[first + i] += b[shift, part, k]
+                more_a, more_b = _line(part, choice, found[i, part, choice], total, odd, scores, shifts, b)
+                line_a[t] += more_a
+                line_b[t] += more_b
 
 
-@_loop
-def _assign(d, best, start, pitch, odds, line_a, line_b, s, line):  # type: ignore[no-untyped-def]
+@loop
+def _assign(d, best, start, pitch, odds, line_a, line_b, s, line):
     """Every group's best s and line, as [variant, try], for a given d; returns the error, less the constant."""
     top, last = odds.shape[0] - 1, line_a.shape[2] - 1
     total, level = 0.0, math.log(d)
@@ -312,9 +334,9 @@ def _assign(d, best, start, pitch, odds, line_a, line_b, s, line):  # type: igno
     return total
 
 
-@_loop
-def _choose(size, step, start, pitch, odds, line_a, line_b, best, s, line, trial_s, trial_line):  # type: ignore[no-untyped-def]
-    """d of least error, leaving s and line of every group; what is beyond float16 is not d's alone to settle.
+@loop
+def _choose(size, step, start, pitch, odds, line_a, line_b, best, s, line, trial_s, trial_line):
+    """d of least error, leaving s and line of every group; the d that would be needed if float16 cannot hold it.
 
     Tried are: the d that gives the group of the largest scale the exact one, for every s it could have; a
     geometric range of d; and the least-squares d of the best choice so far, a few times over.
@@ -343,21 +365,21 @@ def _choose(size, step, start, pitch, odds, line_a, line_b, best, s, line, trial
                 a += (2 * s[group] + 1) * line_a[group, line[group, 0], line[group, 1]]
                 b += (2 * s[group] + 1) ** 2 * line_b[group, line[group, 0], line[group, 1]]
             wanted = a / b
-        half = _half(wanted / step * size)
-        if half == 0 or half > 65504:
+        half = max(_half(wanted / step * size), LEAST)
+        if half > 65504:
             continue
         error = _assign(half / size * step, best, start, pitch, odds, line_a, line_b, trial_s, trial_line)
         if error < least:
             chosen, least = half, error
             s[:] = trial_s
             line[:] = trial_line
-    overflows = largest / step * size > 65519.0 * (2 * top + 1)
-    return np.float32(np.inf) if overflows else np.float32(chosen)
+    needed = largest / (2 * top + 1) / step * size
+    return np.float32(needed if needed >= 65520 else chosen)
 
 
-@_loop
-def fit_scales(weight, importance, shape, ratios):  # type: ignore[no-untyped-def]
-    """(d float32 [rows, blocks], s and variant uint8 [rows, groups]); d is infinite where float16 cannot hold it.
+@loop
+def fit_scales(weight, importance, shape, ratios):
+    """(d float32 [rows, blocks], s and variant uint8 [rows, groups]); d is too large where float16 cannot hold it.
 
     Args:
         weight: [rows, columns].
@@ -387,23 +409,25 @@ def fit_scales(weight, importance, shape, ratios):  # type: ignore[no-untyped-de
     for block in range(columns // BLOCK):
         first = block * BLOCK
         for row in range(rows):
-            size[row] = _measure(weight[row, first : first + BLOCK], importance[first : first + BLOCK], mean[row])
+            size[row] = _measure(
+                weight[row, first : first + BLOCK], importance[first : first + BLOCK], mean[row]
+            )
             if size[row] > HUGE:
-                d[row, block], size[row] = np.inf, 0
+                d[row, block], size[row] = size[row], 0
         line_a[:] = 0
         line_b[:] = 0
         for place in range(0, BLOCK, unit):
             here = importance[first + place : first + place + unit]
-            _squares(here, shape.points, shape.shifts, b)
+            squares(here, shape.points, shape.shifts, b)
             for row in range(rows):
                 if size[row] == 0:
                     continue
                 for j in range(unit):
                     x[j] = weight[row, first + place + j] / size[row]
                 scales = mean[row, place // group] * ratios
-                bits, square, total = _signed(x, here, shape.signs, weighted)
-                odd = shape.signs == EVEN and _odd(bits)
-                _project(weighted, odd, shape.points, scores)
+                bits, square, total = signed(x, here, shape.signs, weighted)
+                odd = shape.signs == EVEN and is_odd(bits)
+                project(weighted, odd, shape.points, scores)
                 for v in range(variants):
                     last = shape.shifts.shape[0] if shape.mixed else v + 1
                     _add_lines(
@@ -425,8 +449,8 @@ def fit_scales(weight, importance, shape, ratios):  # type: ignore[no-untyped-de
     return d, s, variant
 
 
-@_loop
-def nearest_codes(weight, importance, scale, variant, shape):  # type: ignore[no-untyped-def]
+@loop
+def nearest_codes(weight, importance, scale, variant, shape):
     """Codes int32 [rows, units] of the nearest points: indices of the parts, then signs, from the lowest bit up.
 
     Args:
@@ -448,41 +472,32 @@ def nearest_codes(weight, importance, scale, variant, shape):  # type: ignore[no
     for place in range(columns // unit):
         first = place * unit
         here = importance[first : first + unit]
-        _squares(here, points, shape.shifts, b)
+        squares(here, points, shape.shifts, b)
         for row in range(rows):
             e, v = scale[row, place if wide else 0], variant[row, place if wide else 0]
             for j in range(unit):
                 y = weight[row, first + j] / e if e != 0 else np.float32(0)
                 x[j] = max(-FAR, min(FAR, y))
-            bits, square, total = _signed(x, here, shape.signs, weighted)
-            odd = shape.signs == EVEN and _odd(bits)
-            _project(weighted, odd, points, scores)
+            bits, square, total = signed(x, here, shape.signs, weighted)
+            odd = shape.signs == EVEN and is_odd(bits)
+            project(weighted, odd, points, scores)
             last = shape.shifts.shape[0] if shape.mixed else v + 1
-            shifts, squares = shape.shifts[v:last], b[v:last]
+            shifts, norms = shape.shifts[v:last], b[v:last]
             choices = 2 if odd and parts > 1 else shifts.shape[0]
             for part in range(parts):
                 for choice in range(choices):
                     way, shift = _choice(choice, odd, parts)
                     moved = np.float32(2) * shifts[shift] * total
-                    found[part, choice] = _nearest(scores[part, way], squares[shift, part], square - moved, order)
-            second = _second(np.float32(1), total, odd, scores, shifts, squares, found) if choices > 1 else -1
+                    found[part, choice] = nearest(
+                        scores[part, way], norms[shift, part], square - moved, order
+                    )
+            second = _second(np.float32(1), found, total, odd, scores, shifts, norms) if choices > 1 else -1
             code = 0
             for part in range(parts):
                 way, shift = _choice(1 if part == second else 0, odd, parts)
                 k = found[part, 1 if part == second else 0]
                 code |= (k + shift * count) << part * shape.bits
                 if way == 1:
-                    bits ^= 1 << _cheapest(weighted, points, part, k)
+                    bits ^= 1 << cheapest(weighted, points, part, k)
             codes[row, place] = code | (bits & (1 << kept) - 1) << parts * shape.bits
     return codes
-
-
-@_loop
-def _cheapest(weighted, points, part, k):  # type: ignore[no-untyped-def]
-    """The column whose wrong sign costs least."""
-    best, where = np.float32(3e38), 0
-    for j in range(points.shape[0]):
-        cost = weighted[part * points.shape[0] + j] * points[j, k]
-        if cost < best:
-            best, where = cost, part * points.shape[0] + j
-    return where

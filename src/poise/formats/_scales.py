@@ -56,9 +56,10 @@ class Scales:
             return {"scale": (_exponent(values) + 127).to(torch.uint8)}
         if self.kind == "double":
             top = 127 if self.signed else 255
-            wide = pad(values, (0, -values.shape[1] % SECOND)).view(values.shape[0], -1, SECOND)
-            step = wide.abs().amax(-1) / top if wide.numel() else wide.new_zeros(wide.shape[:2])
-            codes = (wide / _divisor(step).unsqueeze(-1)).round().view(values.shape[0], -1)
+            runs = -(-values.shape[1] // SECOND)
+            wide = pad(values, (0, runs * SECOND - values.shape[1])).view(values.shape[0], runs, SECOND)
+            step = wide.abs().amax(-1) / top
+            codes = (wide / _divisor(step).unsqueeze(-1)).round().flatten(1)
             kept = codes[:, : values.shape[1]].to(torch.int8 if self.signed else torch.uint8)
             return {"scale": kept.contiguous(), "scale_step": step}
         dtype = DTYPES[self.kind]

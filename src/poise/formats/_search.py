@@ -9,6 +9,7 @@ Weights are [rows, columns]; groups of n columns, the last of a row may be short
 [rows, columns].
 """
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -69,6 +70,14 @@ def make_levels(values: Floats, bounds: Floats) -> Levels:
         start, steps = below.min(0).astype(np.int32), int((below.max(0) - below.min(0)).max())
     full = np.append(bounds, np.float32(np.inf)).astype(np.float32)
     return Levels(values.astype(np.float32), full, uniform, start, steps)
+
+
+def narrower(ratio: float, n: int) -> float:
+    """A scale that suits groups of 64, as a share of the one that covers the group, for groups of n.
+
+    The largest of n normal numbers grows like sqrt(2 ln n), and the best clipping does not.
+    """
+    return ratio * min(1.0, math.sqrt(math.log(64) / math.log(max(n, 64))))
 
 
 @inlined

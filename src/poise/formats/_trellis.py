@@ -108,7 +108,7 @@ def encode(x: Any, w: Any, code: Any, k: Any, window: Any) -> npt.NDArray[np.int
     ends share; then the best path with these is found.
 
     Args:
-        w: [n, length], positive, at most 1.
+        w: [n, length], not negative, at most 1.
     """
     n, length = x.shape
     states = code.shape[0]

@@ -33,6 +33,7 @@ from poise.formats._search import (
     best_scales,
     best_zeros,
     make_levels,
+    narrower,
 )
 
 POLISH = 2
@@ -149,7 +150,7 @@ class Int(Format):
             return self.scales.store(self.groups.unview(self._search(x, w, n), *shape))
         top = np.float32(self.highest)
         if self.zero == "integer":
-            found = best_zeros(x.numpy(), w.numpy(), n, top, self._ratios(), POLISH)
+            found = best_zeros(x.numpy(), w.numpy(), n, top, self._ratios(n), POLISH)
         else:
             found = best_ranges(x.numpy(), w.numpy(), n, top)
         scale, offset = (self.groups.unview(torch.from_numpy(part), *shape) for part in found)
@@ -160,7 +161,7 @@ class Int(Format):
     def _search(self, x: Tensor, w: Tensor, n: int) -> Tensor:
         """Scales of least squared error that can be stored."""
         grid = _whole_numbers(self.lowest, self.highest)
-        scales, _ = best_scales(x.numpy(), w.numpy(), n, grid, self._ratios(), self.scales.negative, POLISH)
+        scales, _ = best_scales(x.numpy(), w.numpy(), n, grid, self._ratios(n), self.scales.negative, POLISH)
         found = torch.from_numpy(scales)
         near = self.scales.around(found)
         if near is None:
@@ -168,8 +169,8 @@ class Int(Format):
         best = torch.from_numpy(best_candidate(x.numpy(), w.numpy(), n, grid, near.numpy()))
         return near.gather(-1, best.unsqueeze(-1)).squeeze(-1)
 
-    def _ratios(self) -> Floats:
-        """From the full range down to where it is best clipped; narrower for few levels."""
+    def _ratios(self, n: int) -> Floats:
+        """From the full range down to where it is best clipped; narrower for few levels and large groups."""
         narrowest, tries = (
             (0.15, 16),
             (0.15, 16),
@@ -180,7 +181,7 @@ class Int(Format):
             (0.9, 4),
             (0.95, 4),
         )[self.bits - 1]
-        return np.linspace(1.0, narrowest, tries, dtype=np.float32)
+        return np.linspace(1.0, narrower(narrowest, n), tries, dtype=np.float32)
 
     def at(self, params: Params, columns: slice) -> Params:
         parts = self.scales.whole_steps(params)

@@ -37,6 +37,8 @@ class Ternary(Grid):
         return torch.tensor([-1.0, 0.0, 1.0])
 
     def cover(self, weight: Tensor) -> Params:
+        if not weight.numel():
+            return super().cover(weight)
         x, counted, n = self.groups.view(weight.abs(), None)
         totals, counts = (_run_sums(part, n) for part in (x, counted))
         return self.scales.store(

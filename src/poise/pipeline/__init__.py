@@ -1,6 +1,7 @@
 """The stages in their order; nothing else knows it."""
 
 from poise.pipeline.evaluate import bench, evaluate, probe
+from poise.pipeline.formats import examine
 from poise.pipeline.quantize import Estimate, dry_run, quantize
 
-__all__ = ["Estimate", "bench", "dry_run", "evaluate", "probe", "quantize"]
+__all__ = ["Estimate", "bench", "dry_run", "evaluate", "examine", "probe", "quantize"]

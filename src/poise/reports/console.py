@@ -7,6 +7,7 @@ from rich.table import Column, Table
 from poise.core.artifact import Artifact
 from poise.core.checkpoint import Checkpoint
 from poise.core.comparison import Comparison, Side
+from poise.core.format import FormatFacts
 from poise.core.plan import Plan, PlanRow
 from poise.reports.figures import human, interval, ratio
 from poise.reports.report import figure_rows
@@ -124,3 +125,22 @@ def print_sides(console: Console, sides: list[Side]) -> None:
 
 def _column(side: Side) -> str:
     return escape(f"{side.label}\n{side.engine}")
+
+
+def print_formats(console: Console, rows: list[FormatFacts]) -> None:
+    """One row a format; of one alone, also why an exporter does not take it."""
+    right = [
+        Column(header, justify="right")
+        for header in ("bits/weight", "group", "width", "dB", "dB, heavy tails")
+    ]
+    table = Table("format", *right, "exporters")
+    for row in rows:
+        taken = ", ".join(name for name, answer in row.exporters.items() if not answer.startswith("no"))
+        width = "row" if row.width == 0 else str(row.width)
+        ratios = ("" if ratio is None else f"{ratio:.2f}" for ratio in (row.gaussian, row.heavy))
+        table.add_row(
+            escape(row.spec), f"{row.bits_per_weight:.4f}", str(row.group), width, *ratios, taken or "none"
+        )
+    console.print(table)
+    for name, answer in rows[0].exporters.items() if len(rows) == 1 else ():
+        console.print(escape(f"  {name}: {answer}"), highlight=False)

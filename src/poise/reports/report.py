@@ -8,6 +8,7 @@ from typing import Any
 
 from poise.core.artifact import write_atomically
 from poise.core.comparison import Comparison, Side
+from poise.core.format import FormatFacts
 from poise.reports.card import TEMPLATES
 from poise.reports.figures import human
 from poise.reports.picture import Point, quality_against_size
@@ -31,6 +32,13 @@ def to_json(comparison: Comparison) -> str:
     for gate, record in zip(comparison.gates, data["gates"], strict=True):
         record["verdict"] = gate.verdict
     return json.dumps(_no_nan(data), indent=1) + "\n"
+
+
+def formats_json(rows: list[FormatFacts]) -> str:
+    """Facts of number formats; an error that is zero, or was not measured, has no ratio."""
+    return json.dumps(
+        _no_nan({"schema_version": SCHEMA_VERSION, "formats": [asdict(row) for row in rows]}), indent=1
+    )
 
 
 def sides_json(sides: list[Side]) -> str:
