@@ -4,7 +4,8 @@
     python docs/generate.py --check    exit with 1 and name the page that is out of date
 
 ``grid.md`` comes from the answers of the exporters, ``cli.md`` from the commands, ``recipes.md`` from the
-recipes that come with Poise. The text is the same in every terminal.
+recipes that come with Poise, ``formats.md`` and its pictures from the formats and from stored measurements. The text is
+the same in every terminal.
 """
 
 import argparse
@@ -66,7 +67,37 @@ def recipes_page() -> str:
     return _page("Recipes", *parts)
 
 
-PAGES: dict[str, Callable[[], str]] = {"grid.md": grid_page, "cli.md": cli_page, "recipes.md": recipes_page}
+def formats_page() -> str:
+    """Every number format: what it is for, what it costs and what it loses."""
+    from formats_page import parts
+
+    return _page(
+        "Number formats", *(part if part.startswith(("|", "#", "!")) else _wrap(part) for part in parts())
+    )
+
+
+def rate_picture() -> str:
+    """Error against bits."""
+    from formats_page import rate_picture
+
+    return rate_picture()
+
+
+def levels_picture() -> str:
+    """The levels of scalar formats."""
+    from formats_page import levels_picture
+
+    return levels_picture()
+
+
+PAGES: dict[str, Callable[[], str]] = {
+    "grid.md": grid_page,
+    "cli.md": cli_page,
+    "recipes.md": recipes_page,
+    "formats.md": formats_page,
+    "pictures/rate.svg": rate_picture,
+    "pictures/levels.svg": levels_picture,
+}
 
 
 def main() -> None:

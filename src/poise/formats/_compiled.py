@@ -17,6 +17,11 @@ def fast(function: F) -> F:
     return cast(F, njit(nogil=True, cache=True, error_model="numpy", fastmath=settings)(function))
 
 
+def finite(function: F) -> F:
+    """As ``fast``, and takes for granted that there is neither infinity nor NaN."""
+    return cast(F, njit(nogil=True, cache=True, error_model="numpy", fastmath=True)(function))
+
+
 def exact(function: F) -> F:
     """Every operation as it is written, in IEEE 754."""
     return cast(F, njit(nogil=True, cache=True, error_model="numpy")(function))

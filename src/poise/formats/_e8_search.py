@@ -1,6 +1,7 @@
 """Nearest points of E8P, compiled. See ``_lattice_search`` for A, B and C.
 
 The shift is not multiplied by a sign, so A is another one for either shift. A scale that is tried costs a search.
+Everything is doubled, so that patterns are whole numbers.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -9,7 +10,7 @@ import numpy as np
 
 from poise.formats._lattice_search import FAR, FREE, cheapest, is_odd, loop, nearest, project, signed, squares
 
-SHIFT = np.float32(0.25)
+SHIFT = np.float32(0.5)
 
 
 @loop
@@ -40,8 +41,8 @@ def _nearest(x, weights, halves, even, b, scores, order, moved, weighted):
 
 @loop
 def _scaled(row, first, scale, x):
-    """x = row / scale; in double precision, as the smallest scales have no reciprocal in single."""
-    factor = 1 / np.float64(scale) if scale != 0 else 0.0
+    """x = 2 row / scale; in double precision, as the smallest scales have no reciprocal in single."""
+    factor = 2 / np.float64(scale) if scale != 0 else 0.0
     for j in range(8):
         x[j] = max(-FAR, min(FAR, row[first + j] * factor))
 
@@ -79,7 +80,7 @@ def nearest_e8(weight, importance, scale, halves, even):
 
 @loop
 def sums_e8(weight, importance, scale, halves, even):
-    """(sum w y q, sum w q^2) float64 [rows, groups, tries] for y = x / scale and the points q nearest to y.
+    """4 (sum w y q, sum w q^2) float64 [rows, groups, tries] for y = x / scale and the points q nearest to y.
 
     Args:
         weight: [rows, columns].

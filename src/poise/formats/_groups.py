@@ -13,6 +13,7 @@ from torch import Tensor
 
 from poise.core.errors import UsageError
 from poise.core.format import Params
+from poise.formats._search import extremes
 
 Group = int | str
 
@@ -99,11 +100,7 @@ class Groups:
         if self.whole:
             low, high = torch.aminmax(weight)
             return low.view(1, 1), high.view(1, 1)
-        n = self.of(columns)
-        if missing := -columns % n:  # repeating the last column moves no extreme
-            weight = torch.cat((weight, weight[:, -1:].expand(-1, missing)), dim=1)
-        grouped = weight.view(rows, -1, n)
-        low, high = grouped.amin(-1), grouped.amax(-1)
+        low, high = (torch.from_numpy(part) for part in extremes(weight.contiguous().numpy(), self.of(columns)))
         if self.rows == 1:
             return low, high
         padded = [torch.cat((part, part[-1:].expand(-rows % self.rows, -1))) for part in (low, high)]

@@ -19,7 +19,7 @@ from torch import Tensor
 from poise.core.format import Params
 from poise.formats._block import Block, spread, to_half
 from poise.formats._compiled import fast, inlined
-from poise.formats._scaled_block import by_chance, make_grid, weights_of
+from poise.formats._scaled_block import FULL, STEP, by_chance, make_grid, round_steps, weights_of
 from poise.formats._search import (
     INSETS,
     ONE,
@@ -30,13 +30,14 @@ from poise.formats._search import (
     best_scales,
     nearest_codes,
     nearest_levels,
-    usable_weights,
 )
 
 SUPER = 256
 HUGE = np.float32(3.0e38)
 REACHES = (2, 1, 1)
-"""How far a whole number moves in each round; a fourth changes the error by less than a thousandth."""
+"""How far a whole-number scale moves in each round; a fourth changes the error by less than a thousandth."""
+AFFINE_REACHES = ((5, 2), (3, 2), (2, 2))
+"""Likewise, and how far the minimum moves from the one that keeps the middle of the codes in place."""
 
 
 class SuperBlock(Block):
@@ -70,17 +71,21 @@ class AffineSuperBlock(SuperBlock):
     def fit(self, weight: Tensor, importance: Tensor | None = None) -> Params:
         if not weight.numel():
             return self.empty(weight)
-        x, w = weights_of(weight, importance)
+        x, w = weights_of(weight, importance, SUPER)
         shape = (weight.shape[0], -1, SUPER // self.group)
         top = np.float32(self.top)
         real = affine_groups(x, w, self.group, top)
         scale, minimum = (torch.from_numpy(part).view(shape) for part in real)
-        d, dmin = (best_unit(part, self.most) for part in (scale, minimum))
-        sc, mn = (nearest_whole(part, unit, 0, self.most) for part, unit in ((scale, d), (minimum, dmin)))
-        best = None
-        for reach in REACHES:
+        d, dmin = (best_unit(part, 0, self.most) for part in (scale, minimum))
+        sc, mn = (
+            nearest_whole(part, unit, 0, self.most).to(torch.int32).flatten(1)
+            for part, unit in ((scale, d), (minimum, dmin))
+        )
+        best: Best | None = None
+        for reach, width in AFFINE_REACHES:
             units = d.float().numpy(), dmin.float().numpy()
-            sums = affine_neighbours(x, w, self.group, top, *units, sc.numpy(), mn.numpy(), self.most, reach)
+            whole = (sc.numpy(), mn.numpy(), self.most, reach, width)
+            sums = affine_neighbours(x, w, self.group, top, *units, *whole)
             error, uu, uv, vv, xu, xv = torch.from_numpy(sums).unbind(-1)
             best = keep_better(best, error, {"d": d, "dmin": dmin, "scale": sc, "minimum": mn})
             determinant = uu * vv - uv * uv
@@ -90,25 +95,23 @@ class AffineSuperBlock(SuperBlock):
             dmin = to_half(
                 torch.where(solvable, (uv * xu - uu * xv) / determinant, dmin.float()).clamp(min=0)
             )
+        assert best is not None  # there are rounds
         return best.stored(self.whole)
 
     def round(
         self, weight: Tensor, params: Params, importance: Tensor | None = None, noise: Tensor | None = None
     ) -> Tensor:
-        scale, minimum = self._scales(params, weight.shape[1])
-        steps = (weight + minimum).div_(torch.where(scale == 0, torch.inf, scale))
-        steps = steps.round_() if noise is None else steps.add_(noise).floor_()
-        return steps.clamp_(0, self.top).to(torch.uint8)
+        scale, minimum = self._scales(params)
+        return round_steps(weight, scale, -minimum, self.top, noise)
 
     def decode(self, codes: Tensor, params: Params) -> Tensor:
-        scale, minimum = self._scales(params, codes.shape[1])
+        scale, minimum = (spread(part, codes.shape[1]) for part in self._scales(params))
         return codes.float().mul_(scale).sub_(minimum)
 
-    def _scales(self, params: Params, columns: int) -> Iterator[Tensor]:
-        """d sc and dmin m, spread over columns."""
+    def _scales(self, params: Params) -> Iterator[Tensor]:
+        """d sc and dmin m, [rows, groups] each."""
         for unit, whole in (("d", "scale"), ("dmin", "minimum")):
-            entries = params[whole].shape[1]
-            yield spread(spread(params[unit].float(), entries) * params[whole], columns)
+            yield spread(params[unit].float(), params[whole].shape[1]) * params[whole]
 
 
 class SymmetricSuperBlock(SuperBlock):
@@ -127,19 +130,20 @@ class SymmetricSuperBlock(SuperBlock):
     def fit(self, weight: Tensor, importance: Tensor | None = None) -> Params:
         if not weight.numel():
             return self.empty(weight)
-        x, w = weights_of(weight, importance)
+        x, w = weights_of(weight, importance, SUPER)
         grid = make_grid(self.levels)
         scales, _ = best_scales(x, w, self.group, grid, SCALES, True, 2)
         scale = torch.from_numpy(scales).view(weight.shape[0], -1, SUPER // self.group)
-        d = best_unit(scale, self.low)
-        sc = nearest_whole(scale, d, self.low, self.high)
-        best = None
+        d = best_unit(scale, self.low, self.high)
+        sc = nearest_whole(scale, d, self.low, self.high).to(torch.int32).flatten(1)
+        best: Best | None = None
         for reach in REACHES:
             whole = (sc.numpy(), self.low, self.high, reach)
             sums = symmetric_neighbours(x, w, self.group, grid, d.float().numpy(), *whole)
             error, uu, xu = torch.from_numpy(sums).unbind(-1)
             best = keep_better(best, error, {"d": d, "scale": sc})
             d = to_half(torch.where(uu > 0, xu / uu, d.float()))
+        assert best is not None  # there are rounds
         return best.stored(self.whole)
 
     def round(
@@ -192,18 +196,21 @@ def keep_better(best: Best | None, error: Tensor, params: dict[str, Tensor]) -> 
     return Best(torch.where(better, error, best.error), kept)
 
 
-def best_unit(values: Tensor, extreme: int) -> Tensor:
+def best_unit(values: Tensor, low: int, high: int) -> Tensor:
     """The float16 unit in which values [rows, super-blocks, groups] are nearest to whole numbers, [rows, super-blocks].
 
-    The value of largest magnitude becomes ``extreme``, or one of the next smaller numbers. Values that are multiples of
-    a unit are found to be so.
+    The value of largest magnitude becomes the number farthest from zero, or one of the next. Values that are multiples
+    of a unit are found to be so.
     """
     largest = values.gather(-1, values.abs().argmax(-1, keepdim=True)).squeeze(-1)
+    extreme = low if low < 0 else high
     best, least = torch.zeros_like(largest, dtype=torch.float16), torch.full_like(largest, torch.inf)
     for number in range(abs(extreme), max(1, abs(extreme) - UNITS), -1):
-        unit = to_half(largest / number * (1 if extreme > 0 else -1))
-        divisor = torch.where(unit == 0, torch.inf, unit.float()).unsqueeze(-1)
-        error = (values - (values / divisor).round() * unit.unsqueeze(-1)).square().sum(-1)
+        exact = largest / (number if extreme > 0 else -number)
+        upward = (exact.abs() / STEP).ceil() * STEP  # where float16 is coarse, a smaller unit would not reach
+        unit = to_half(torch.where(exact.abs() < FULL, upward.copysign(exact), exact))
+        whole = nearest_whole(values, unit, low, high)
+        error = whole.mul_(unit.unsqueeze(-1)).sub_(values).square_().sum(-1)
         best, least = torch.where(error < least, unit, best), torch.minimum(error, least)
     return best
 
@@ -213,9 +220,9 @@ UNITS = 16
 
 
 def nearest_whole(values: Tensor, unit: Tensor, low: int, high: int) -> Tensor:
-    """values [rows, super-blocks, groups] as multiples of unit [rows, super-blocks], int32 [rows, all groups]."""
+    """values [rows, super-blocks, groups] as multiples of unit [rows, super-blocks], float32."""
     divisor = torch.where(unit == 0, torch.inf, unit.float()).unsqueeze(-1)
-    return (values / divisor).round().clamp(low, high).to(torch.int32).flatten(1).contiguous()
+    return (values / divisor).round_().clamp_(low, high)
 
 
 @inlined
@@ -233,6 +240,18 @@ def _affine(x: Any, w: Any, s: Any, m: Any, top: Any) -> Any:
     return wq, wqq, wqx, error
 
 
+@inlined
+def _affine_error(x: Any, w: Any, s: Any, m: Any, top: Any) -> Any:
+    """The last of ``_affine`` alone."""
+    inverse = ONE / s if s != ZERO else ZERO
+    error = ZERO
+    for i in range(x.shape[0]):
+        value = x[i] + m
+        d = value - s * min(max(np.rint(value * inverse), ZERO), top)
+        error += w[i] * d * d
+    return error
+
+
 @fast
 def affine_groups(x: Any, importance: Any, n: Any, top: Any) -> tuple[Floats, Floats]:
     """Real scale and minimum (not below zero) of every group of n columns, [rows, groups] each."""
@@ -240,12 +259,9 @@ def affine_groups(x: Any, importance: Any, n: Any, top: Any) -> tuple[Floats, Fl
     groups = columns // n
     scales = np.zeros((rows, groups), dtype=np.float32)
     minima = np.zeros((rows, groups), dtype=np.float32)
-    w_row = np.empty(columns, dtype=np.float32)
     for row in range(rows):
-        if row < importance.shape[0]:
-            usable_weights(importance[row], SUPER, w_row)
         for group in range(groups):
-            part, w = x[row, group * n : (group + 1) * n], w_row[group * n : (group + 1) * n]
+            part, w = x[row, group * n : (group + 1) * n], importance[0, group * n : (group + 1) * n]
             high, low, total, wx = ZERO, ZERO, ZERO, ZERO
             for i in range(n):
                 high, low = max(high, part[i]), min(low, part[i])
@@ -277,9 +293,21 @@ def affine_groups(x: Any, importance: Any, n: Any, top: Any) -> tuple[Floats, Fl
 
 @fast
 def affine_neighbours(
-    x: Any, importance: Any, n: Any, top: Any, d: Any, dmin: Any, sc: Any, mn: Any, most: Any, reach: Any
+    x: Any,
+    importance: Any,
+    n: Any,
+    top: Any,
+    d: Any,
+    dmin: Any,
+    sc: Any,
+    mn: Any,
+    most: Any,
+    reach: Any,
+    width: Any,
 ) -> Floats:
     """Moves whole-number scales and minima to the best of their neighbours, in place.
+
+    A larger scale needs a larger minimum: neighbours lie along the line on which the mean of the codes stays in place.
 
     Returns:
         [rows, super-blocks, 6]: squared error, and the sums of the normal equations for d and dmin: u u, u v, v v, x u,
@@ -289,28 +317,29 @@ def affine_neighbours(
     count = columns // SUPER
     each = SUPER // n
     out = np.zeros((rows, count, 6), dtype=np.float32)
-    w_row = np.empty(columns, dtype=np.float32)
     for row in range(rows):
-        if row < importance.shape[0]:
-            usable_weights(importance[row], SUPER, w_row)
         for block in range(count):
             sums = out[row, block]
             for j in range(each):
                 group = block * each + j
-                part, w = x[row, group * n : (group + 1) * n], w_row[group * n : (group + 1) * n]
-                at_s, at_m = sc[row, group], mn[row, group]
-                best_s, best_m = at_s, at_m
-                wq, wqq, wqx, least = _affine(part, w, d[row, block] * at_s, dmin[row, block] * at_m, top)
-                for i in range(max(0, at_s - reach), min(most, at_s + reach) + 1):
-                    for k in range(max(0, at_m - reach), min(most, at_m + reach) + 1):
-                        a, b, c, error = _affine(part, w, d[row, block] * i, dmin[row, block] * k, top)
-                        if error < least:
-                            wq, wqq, wqx, least, best_s, best_m = a, b, c, error, i, k
-                sc[row, group], mn[row, group] = best_s, best_m
+                part, w = x[row, group * n : (group + 1) * n], importance[0, group * n : (group + 1) * n]
                 total, wx = ZERO, ZERO
                 for i in range(n):
                     total += w[i]
                     wx += w[i] * part[i]
+                unit, unit_m = d[row, block], dmin[row, block]
+                best_s, best_m = sc[row, group], mn[row, group]
+                at_s, at_m = best_s, best_m
+                wq, _, _, least = _affine(part, w, unit * at_s, unit_m * at_m, top)
+                slope = unit * (wq / total) / unit_m if unit_m != ZERO else ZERO
+                for i in range(max(0, at_s - reach), min(most, at_s + reach) + 1):
+                    middle = at_m + int(np.rint((i - at_s) * slope))
+                    for k in range(max(0, middle - width), min(most, middle + width) + 1):
+                        error = _affine_error(part, w, unit * i, unit_m * k, top)
+                        if error < least:
+                            least, best_s, best_m = error, i, k
+                sc[row, group], mn[row, group] = best_s, best_m
+                wq, wqq, wqx, least = _affine(part, w, unit * best_s, unit_m * best_m, top)
                 s, m = np.float32(best_s), np.float32(best_m)
                 sums[0] += least
                 sums[1] += s * s * wqq
@@ -333,17 +362,17 @@ def symmetric_neighbours(
     rows, columns = x.shape
     count, each = columns // SUPER, SUPER // n
     out = np.zeros((rows, count, 3), dtype=np.float32)
-    w_row = np.empty(columns, dtype=np.float32)
     t, v = np.empty(SUPER, dtype=np.float32), np.empty(SUPER, dtype=np.float32)
     index = np.empty(SUPER, dtype=np.int32)
     now, least = np.empty(each, dtype=np.float32), np.empty(each, dtype=np.float32)
     best = np.empty(each, dtype=np.int32)
     a_best, b_best = np.empty(each, dtype=np.float32), np.empty(each, dtype=np.float32)
     for row in range(rows):
-        if row < importance.shape[0]:
-            usable_weights(importance[row], SUPER, w_row)
         for block in range(count):
-            part, w = x[row, block * SUPER : (block + 1) * SUPER], w_row[block * SUPER : (block + 1) * SUPER]
+            part, w = (
+                x[row, block * SUPER : (block + 1) * SUPER],
+                importance[0, block * SUPER : (block + 1) * SUPER],
+            )
             least[:] = HUGE
             for k in range(2 * reach + 1):
                 # The present scale first: of equals, it stays.

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from poise.core.format import Params
 from poise.formats._block import Block, spread, to_half
-from poise.formats._lattice_search import BLOCK, EVEN, FREE, NONE, Floats, Shape, fit_scales, nearest_codes
+from poise.formats._lattice_search import BLOCK, EVEN, FREE, NONE, Floats, Points, Shape, fit_scales, nearest_codes
 from poise.tables import lattices
 
 __all__ = ["EVEN", "FREE", "NONE", "Lattice"]
@@ -149,8 +149,8 @@ def _points(table: str, shifts: tuple[float, ...]) -> Tensor:
 
 
 @cache
-def _transposed(table: str) -> Floats:
-    found: Floats = lattices()[table].float().T.contiguous().numpy()
+def _transposed(table: str) -> Points:
+    found: Points = lattices()[table].T.contiguous().numpy()
     return found
 
 

@@ -27,6 +27,7 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 Floats = npt.NDArray[np.float32]
+Points = npt.NDArray[np.int8]
 
 NONE, FREE, EVEN = 0, 1, 2
 """Signs are in the points; are stored for every column; are stored for every column but one, and even in number."""
@@ -34,9 +35,9 @@ NONE, FREE, EVEN = 0, 1, 2
 BATCH = 4
 """Scales that are tried at once."""
 BLOCK = 256
-TRIES = 24
+TRIES = 48
 """Values of d tried besides those that suit the largest group."""
-POLISH = 4
+POLISH = 6
 """Repetitions of (least-squares d, best s)."""
 TINY, HUGE = np.float32(1e-20), np.float32(1e12)
 """Blocks of smaller magnitude are zero, of larger magnitude refused: no format of float16 scales reaches so far."""
@@ -55,7 +56,7 @@ class Shape(NamedTuple):
     """How the points of a lattice make up weights.
 
     Attributes:
-        points: [dimensions, points].
+        points: [dimensions, points]; bytes, as the largest table would not stay in the first-level cache as floats.
         shifts: of all coordinates; which of them is chosen for a group, or for a point where they are ``mixed``.
         mixed: whether points of a group may be shifted differently; the shift is then above the index.
         unit: columns of a code; a multiple of the dimensions, so that a code may hold several points.
@@ -66,7 +67,7 @@ class Shape(NamedTuple):
         top: the largest s.
     """
 
-    points: Floats
+    points: Points
     shifts: Floats
     mixed: bool
     unit: int
@@ -122,7 +123,8 @@ def project(weighted, odd, points, scores):
     for part in range(scores.shape[0]):
         right, wrong = scores[part, 0], scores[part, 1]
         right[:] = 0
-        wrong[:] = np.float32(3e38)
+        if odd:
+            wrong[:] = np.float32(3e38)
         for j in range(0, points.shape[0], 4):
             i = part * points.shape[0] + j
             w0, w1, w2, w3 = weighted[i], weighted[i + 1], weighted[i + 2], weighted[i + 3]

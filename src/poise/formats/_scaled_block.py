@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from functools import cache
+from itertools import product
 from typing import ClassVar
 
 import numpy as np
@@ -10,7 +11,16 @@ from torch import Tensor
 
 from poise.core.format import Params
 from poise.formats._block import Block, from_halves, from_nibbles, halves, nibbles, spread, to_half
-from poise.formats._search import Floats, Levels, best_ranges, best_scales, make_levels, nearest_codes
+from poise.formats._search import (
+    Floats,
+    Levels,
+    best_ranges,
+    best_scales,
+    extremes,
+    make_levels,
+    nearest_codes,
+    nearest_steps,
+)
 
 POLISH = 2
 """Rounds of (nearest codes, best scale) after the best try; more changes the error by less than a thousandth."""
@@ -18,6 +28,11 @@ POLISH = 2
 
 LARGEST = 1e15
 """Far more than any block holds; sums of squares are still finite."""
+FLOOR = 2.0**-16
+"""Columns of less importance than this share of their block's largest count as this much, so that groups of columns
+without any weigh equally."""
+FULL, STEP = 2.0**-14, 2.0**-24
+"""Below FULL float16 is a multiple of STEP."""
 
 
 class ScaledBlock(Block):
@@ -36,8 +51,7 @@ class ScaledBlock(Block):
         return make_grid(self.levels)
 
     def cover(self, weight: Tensor) -> Params:
-        grouped = weight.view(weight.shape[0], -1, self.columns)
-        low, high = grouped.amin(-1), grouped.amax(-1)
+        low, high = (torch.from_numpy(part) for part in extremes(weight.contiguous().numpy(), self.columns))
         first, last = self.levels[0], self.levels[-1]
         if first == -last:
             return {"scale": to_half(torch.maximum(high, -low) / last)}
@@ -47,9 +61,9 @@ class ScaledBlock(Block):
         if not weight.numel():
             return {"scale": torch.zeros(len(weight), weight.shape[1] // self.columns, dtype=torch.float16)}
         mirror = self.levels[0] != -self.levels[-1]
-        arrays = weights_of(weight, importance)
+        arrays = weights_of(weight, importance, self.columns)
         scales, _ = best_scales(*arrays, self.columns, self.grid, self._ratios(mirror), mirror, POLISH)
-        return {"scale": to_half(torch.from_numpy(scales))}
+        return best_halves(self, *arrays, {"scale": torch.from_numpy(scales)})
 
     def _ratios(self, mirror: bool) -> Floats:
         """From the largest weight on the last level but one down to where the block is best clipped."""
@@ -103,29 +117,36 @@ class RangeBlock(Block):
         """The largest code."""
 
     def cover(self, weight: Tensor) -> Params:
-        grouped = weight.view(weight.shape[0], -1, self.columns)
-        low, high = grouped.amin(-1), grouped.amax(-1)
+        low, high = (torch.from_numpy(part) for part in extremes(weight.contiguous().numpy(), self.columns))
         return {"scale": to_half((high - low) / self.top), "minimum": to_half(low)}
 
     def fit(self, weight: Tensor, importance: Tensor | None = None) -> Params:
         if not weight.numel():
             empty = torch.zeros(len(weight), weight.shape[1] // self.columns, dtype=torch.float16)
             return {"scale": empty, "minimum": empty.clone()}
-        found = best_ranges(*weights_of(weight, importance), self.columns, np.float32(self.top))
-        scale, minimum = (to_half(torch.from_numpy(part)) for part in found)
-        return {"scale": scale, "minimum": minimum}
+        arrays = weights_of(weight, importance, self.columns)
+        scale, minimum = map(torch.from_numpy, best_ranges(*arrays, self.columns, np.float32(self.top)))
+        return best_halves(self, *arrays, {"scale": scale, "minimum": minimum})
 
     def round(
         self, weight: Tensor, params: Params, importance: Tensor | None = None, noise: Tensor | None = None
     ) -> Tensor:
-        scale, minimum = (spread(params[key].float(), weight.shape[1]) for key in ("scale", "minimum"))
-        steps = (weight - minimum).div_(torch.where(scale == 0, torch.inf, scale))
-        steps = steps.round_() if noise is None else steps.add_(noise).floor_()
-        return steps.clamp_(0, self.top).to(torch.uint8)
+        return round_steps(weight, params["scale"].float(), params["minimum"].float(), self.top, noise)
 
     def decode(self, codes: Tensor, params: Params) -> Tensor:
         scale, minimum = (spread(params[key].float(), codes.shape[1]) for key in ("scale", "minimum"))
         return codes.float().mul_(scale).add_(minimum)
+
+
+def round_steps(weight: Tensor, scale: Tensor, minimum: Tensor, top: int, noise: Tensor | None) -> Tensor:
+    """Codes 0..top of scale * q + minimum, parameters [rows, groups]; nearest, or one of the two around by chance."""
+    if noise is None:
+        n = weight.shape[1] // max(1, scale.shape[1])
+        arrays = (part.contiguous().numpy() for part in (weight, scale, minimum))
+        return torch.from_numpy(nearest_steps(*arrays, max(1, n), np.float32(top)))
+    scale, minimum = (spread(part, weight.shape[1]) for part in (scale, minimum))
+    steps = (weight - minimum).div_(torch.where(scale == 0, torch.inf, scale))
+    return steps.add_(noise).floor_().clamp_(0, top).to(torch.uint8)
 
 
 def by_chance(levels: Floats, weight: Tensor, scale: Tensor, noise: Tensor) -> Tensor:
@@ -137,23 +158,50 @@ def by_chance(levels: Floats, weight: Tensor, scale: Tensor, noise: Tensor) -> T
     return (lower + (noise < share)).to(torch.uint8)
 
 
-def weights_of(weight: Tensor, importance: Tensor | None) -> tuple[Floats, Floats]:
-    """Weight and importance [1, columns] as the compiled loops take them.
+def best_halves(format: Block, x: Floats, importance: Floats, real: dict[str, Tensor]) -> Params:
+    """Parameters [rows, blocks] as float16: the nearest; where it has few digits, the best of those on either side."""
+    best: Params = {key: to_half(value) for key, value in real.items()}
+    if not any(bool(((value != 0) & (value.abs() < FULL)).any()) for value in real.values()):
+        return best
+    weight, w = torch.from_numpy(x), torch.from_numpy(importance)
+
+    def error(params: Params) -> Tensor:
+        difference = format.decode(format.round(weight, params), params).sub_(weight)
+        return difference.square_().mul_(w).view(len(weight), -1, format.columns).sum(-1)
+
+    least = error(best)
+    for sides in product((torch.floor, torch.ceil), repeat=len(real)):
+        tried = {
+            key: to_half(side(value / STEP) * STEP)
+            for (key, value), side in zip(real.items(), sides, strict=True)
+        }
+        found = error(tried)
+        best = {key: torch.where(found < least, value, best[key]) for key, value in tried.items()}
+        least = torch.minimum(found, least)
+    return best
+
+
+def weights_of(weight: Tensor, importance: Tensor | None, span: int) -> tuple[Floats, Floats]:
+    """Weight and importance [1, columns] as the compiled loops take them: positive, relative to the largest of a span.
 
     Raises:
         FormatError: weights whose squares would leave float32; no block's scale could hold them either.
     """
     if float(weight.abs().max()) > LARGEST:
         to_half(weight.abs().max())
-    given = torch.ones(weight.shape[1]) if importance is None else importance.float()
-    return weight.contiguous().numpy(), given.view(1, -1).contiguous().numpy()
+    given = torch.ones(weight.shape[1])
+    if importance is not None:
+        spans = importance.float().view(-1, span)
+        largest = spans.amax(1, keepdim=True)
+        given = torch.where(largest > 0, spans / largest, 1.0).clamp_(min=FLOOR)
+    return weight.contiguous().numpy(), given.view(1, -1).numpy()
 
 
 @cache
 def make_grid(levels: tuple[int, ...]) -> Levels:
     """Levels with boundaries halfway between."""
     values = np.array(levels, dtype=np.float32)
-    return make_levels(values, (values[1:] + values[:-1]) / 2)
+    return make_levels(values, (values[1:] + values[:-1]) / np.float32(2))
 
 
 def high_bits(codes: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from poise.formats._compiled import exact, fast, inlined
+from poise.formats._compiled import exact, fast, finite, inlined
 
 Floats = npt.NDArray[np.float32]
 Codes = npt.NDArray[np.uint8]
@@ -299,9 +299,15 @@ def nearest_codes(x: Any, scale: Any, n: Any, grid: Any, codes: Any) -> Codes:
                 for i in range(place, stop):
                     t[i] = x[row, begin + i] / divisor
                 place = stop
-            _index(t, index, m, grid)
+            if grid.uniform:
+                low, high = grid.values[0], grid.values[grid.values.shape[0] - 1]
+                for i in range(m):
+                    index[i] = np.int32(min(max(np.rint(t[i]), low), high) - low)
+            else:
+                _index(t, index, m, grid)
+            part = out[row, begin : begin + m]
             for i in range(m):
-                out[row, begin + i] = codes[index[i]]
+                part[i] = codes[index[i]]
     return out
 
 
@@ -359,6 +365,37 @@ def _score(x: Any, w: Any, s: Any, size: Any, low: Any, high: Any) -> Any:
         share = a * (s / size)
         return share * share / b, s * (a / b)
     return -ONE, s
+
+
+@exact
+def nearest_steps(x: Any, scale: Any, minimum: Any, n: Any, top: Any) -> Codes:
+    """Whole numbers q = 0..top with scale q + minimum nearest to x, uint8 [rows, columns]; 0 where the scale is zero."""
+    rows, columns = x.shape
+    out = np.empty((rows, columns), dtype=np.uint8)
+    for row in range(rows):
+        for group in range((columns + n - 1) // n):
+            part, codes = x[row, group * n : (group + 1) * n], out[row, group * n : (group + 1) * n]
+            s, m = scale[row, group], minimum[row, group]
+            divisor = s if s != ZERO else np.float32(np.inf)
+            for i in range(part.shape[0]):
+                codes[i] = np.uint8(min(max(np.rint((part[i] - m) / divisor), ZERO), top))
+    return out
+
+
+@finite
+def extremes(x: Any, n: Any) -> tuple[Floats, Floats]:
+    """Smallest and largest of every group of n columns, [rows, groups] each."""
+    rows, columns = x.shape
+    groups = (columns + n - 1) // n
+    lowest, highest = np.empty((rows, groups), np.float32), np.empty((rows, groups), np.float32)
+    for row in range(rows):
+        for group in range(groups):
+            part = x[row, group * n : (group + 1) * n]
+            low, high = part[0], part[0]
+            for i in range(part.shape[0]):
+                low, high = min(low, part[i]), max(high, part[i])
+            lowest[row, group], highest[row, group] = low, high
+    return lowest, highest
 
 
 @fast

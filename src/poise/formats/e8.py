@@ -24,7 +24,7 @@ from poise.core.format import Format, Params
 from poise.formats._e8_search import nearest_e8, sums_e8
 from poise.formats._groups import Group, Groups
 from poise.formats._lattice import EVEN, positive, sign_table
-from poise.formats._lattice_search import Floats
+from poise.formats._lattice_search import Floats, Points
 from poise.formats._scales import DTYPES, Scales
 
 RATIOS = torch.tensor([0.8, 0.92, 1.06, 1.25, 1.6])
@@ -131,7 +131,7 @@ class E8(Format):
         return stored["packed"].int() & 65535, kept
 
 
-def _table() -> tuple[tuple[Floats, Floats], int]:
+def _table() -> tuple[tuple[Points, Points], int]:
     return _patterns().halves, _patterns().even
 
 
@@ -155,13 +155,13 @@ class _Patterns(NamedTuple):
     Attributes:
         values: [256, 8].
         parity: 1 for an even sum, -1 for an odd one, [256].
-        halves: of even sum and of odd, each [8, patterns].
+        halves: of even sum and of odd, each [8, patterns], doubled.
         even: patterns of even sum.
     """
 
     values: Tensor
     parity: Tensor
-    halves: tuple[Floats, Floats]
+    halves: tuple[Points, Points]
     even: int
 
 
@@ -180,8 +180,8 @@ def _patterns() -> _Patterns:
     )
 
 
-def _padded(patterns: Tensor) -> Floats:
-    """Patterns as columns, the last repeated until vectors of any length are full; of equals the first is found."""
+def _padded(patterns: Tensor) -> Points:
+    """Doubled patterns as columns, the last repeated until vectors of any length are full; of equals the first is found."""
     last = patterns[-1:].expand(-len(patterns) % 32, -1)
-    found: Floats = torch.cat((patterns, last)).T.contiguous().numpy()
+    found: Points = (2 * torch.cat((patterns, last))).to(torch.int8).T.contiguous().numpy()
     return found

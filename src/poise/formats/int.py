@@ -150,13 +150,11 @@ class Int(Format):
             return self.scales.store(self.groups.unview(self._search(x, w, n), *shape))
         top = np.float32(self.highest)
         if self.zero == "integer":
-            found = best_zeros(x.numpy(), w.numpy(), n, top, self._ratios(n), POLISH)
-        else:
-            found = best_ranges(x.numpy(), w.numpy(), n, top)
-        scale, offset = (self.groups.unview(torch.from_numpy(part), *shape) for part in found)
-        if self.zero == "integer":
-            return {**self.scales.store(scale), "zero": offset}
-        return self._with_minimum(scale, offset)
+            scale, zero = best_zeros(x.numpy(), w.numpy(), n, top, self._ratios(n), POLISH)
+            stored = self.scales.store(self.groups.unview(torch.from_numpy(scale), *shape))
+            return {**stored, "zero": self.groups.unview(torch.from_numpy(zero), *shape)}
+        ranges = best_ranges(x.numpy(), w.numpy(), n, top)
+        return self._with_minimum(*(self.groups.unview(torch.from_numpy(part), *shape) for part in ranges))
 
     def _search(self, x: Tensor, w: Tensor, n: int) -> Tensor:
         """Scales of least squared error that can be stored."""

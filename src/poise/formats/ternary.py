@@ -51,7 +51,8 @@ class Ternary(Grid):
 
     def pack(self, codes: Tensor, params: Params) -> dict[str, Tensor]:
         """``packed`` uint8 [rows, columns / 5], base 3, the first weight in the lowest place."""
-        fives = pad(codes, (0, -codes.shape[1] % TRITS)).unflatten(1, (-(-codes.shape[1] // TRITS), TRITS))
+        count = -(-codes.shape[1] // TRITS)
+        fives = pad(codes, (0, count * TRITS - codes.shape[1])).view(len(codes), count, TRITS)
         packed = (fives * PLACES).sum(-1).to(torch.uint8)
         return {"packed": packed, **{key: self.groups.kept(value) for key, value in params.items()}}
 
