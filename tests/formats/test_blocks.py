@@ -170,3 +170,59 @@ def test_a_width_that_does_not_divide_names_what_fits():
         FormatError, match=r"rows of 576 are not a multiple of the block of 256 of q4_k; .*q4_0"
     ):
         build("solver", "rtn").solve(torch.randn(2, 576), build("format", "q4_k"), name="w")
+
+
+SCALAR = [name for name in STOCK if build("format", name).width == 1]
+
+
+@pytest.mark.parametrize("name", SCALAR)
+def test_codes_are_those_of_the_nearest_values(name):
+    """Every code is tried for every weight."""
+    format = build("format", name)
+    weight = torch.randn(4, 512, generator=torch.Generator().manual_seed(5))
+    params = format.fit(weight)
+    count = 3 if name in ("tq1_0", "tq2_0") else 1 << format.bits
+    every = [format.decode(torch.full(weight.shape, code).to(torch.uint8), params) for code in range(count)]
+    least = torch.stack([(values - weight).abs() for values in every]).amin(0)
+    difference = (format.decode(format.round(weight, params), params) - weight).abs()
+    assert torch.allclose(difference, least, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("factor", [1e-30, 1e-12, 1e12, 1e30])
+@pytest.mark.parametrize("name", SCALAR)
+def test_only_ratios_of_importance_count(name, factor):
+    format, solver = build("format", name), build("solver", "search")
+    weight = torch.randn(8, 512, generator=torch.Generator().manual_seed(6))
+    importance = torch.rand(512, generator=torch.Generator().manual_seed(7)) + 0.01
+    errors = []
+    for given in (importance, importance * factor):
+        stats = Stats(second_moment=given, n_tokens=1, data_hash="")
+        decoded = solver.solve(weight, format, stats).decode()
+        errors.append(float(((decoded - weight).square() * importance).sum()))
+    assert errors[1] == pytest.approx(errors[0], rel=5e-3)
+
+
+@pytest.mark.parametrize("name", [name for name in SCALAR if build("format", name).group < 64])
+def test_columns_of_a_group_without_importance_weigh_equally(name):
+    format, solver = build("format", name), build("solver", "search")
+    weight = torch.randn(32, 512, generator=torch.Generator().manual_seed(8))
+    importance = torch.rand(512, generator=torch.Generator().manual_seed(9)) + 0.1
+    importance[64:96] = 0
+    stats = Stats(second_moment=importance, n_tokens=1, data_hash="")
+    without, equal = (solver.solve(weight, format, given).decode() for given in (stats, None))
+    errors = [float((decoded - weight)[:, 64:96].square().sum()) for decoded in (without, equal)]
+    assert errors[0] < 1.1 * errors[1]
+
+
+@pytest.mark.parametrize("name", SCALAR)
+def test_scales_with_few_digits_in_float16_are_the_best_that_there_are(name):
+    """Below 2^-14 they are multiples of 2^-24: coarse, but never worse than a weight of zeros."""
+    format, solver = build("format", name), build("solver", "search")
+    weight = torch.randn(8, 512, generator=torch.Generator().manual_seed(10))
+    normal = float((solver.solve(weight, format).decode() - weight).square().sum())
+    gap = max(np.diff(getattr(format, "levels", (0, 1))))
+    for size in (3e-5, 1e-6, 1e-7, 1e-8, 1e-9):
+        small = (weight * size).double()
+        error = float((solver.solve(weight * size, format).decode() - small).square().sum())
+        coarse = 1.5 * normal * size**2 + (gap * 2.0**-24) ** 2 * weight.numel()
+        assert error <= min(coarse, float(small.square().sum()) * 1.0001), size

@@ -21,9 +21,7 @@ from poise.formats._block import Block, spread, to_half
 from poise.formats._compiled import fast, inlined
 from poise.formats._scaled_block import FULL, STEP, by_chance, make_grid, round_steps, weights_of
 from poise.formats._search import (
-    INSETS,
     ONE,
-    REGRESSIONS,
     TINY,
     ZERO,
     Floats,
@@ -33,6 +31,10 @@ from poise.formats._search import (
 )
 
 SUPER = 256
+STARTS = np.array([-0.5, 0.0, 0.35, 0.7, 1.1, 1.6], dtype=np.float32)
+"""Both ends of a group's range are tried this many steps further in. With 0, decoded weights are encoded to themselves."""
+POLISH = 3
+"""Rounds of (nearest codes, regression) after the best start and its first regression."""
 HUGE = np.float32(3.0e38)
 REACHES = (2, 1, 1)
 """How far a whole-number scale moves in each round; a fourth changes the error by less than a thousandth."""
@@ -241,6 +243,19 @@ def _affine(x: Any, w: Any, s: Any, m: Any, top: Any) -> Any:
 
 
 @inlined
+def _regressed(total: Any, wx: Any, wq: Any, wqq: Any, wqx: Any) -> Any:
+    """Scale and minimum, not below zero, of least squared error for the codes of these sums; no scale for equal codes."""
+    determinant = total * wqq - wq * wq
+    s, m = ZERO, ZERO
+    if determinant > ZERO:
+        s = (total * wqx - wq * wx) / determinant
+        m = (wq * wqx - wqq * wx) / determinant
+        if m < ZERO:
+            s, m = wqx / wqq, ZERO
+    return s, m
+
+
+@inlined
 def _affine_error(x: Any, w: Any, s: Any, m: Any, top: Any) -> Any:
     """The last of ``_affine`` alone."""
     inverse = ONE / s if s != ZERO else ZERO
@@ -270,24 +285,28 @@ def affine_groups(x: Any, importance: Any, n: Any, top: Any) -> tuple[Floats, Fl
             if high - low < TINY:
                 continue
             step = (high - low) / top
-            least = HUGE
-            for bottom in INSETS:
-                for peak in INSETS:
+            least, s_next, m_next = HUGE, ZERO, ZERO
+            for bottom in STARTS:
+                for peak in STARTS:
                     s, m = step * (top - bottom - peak) / top, max(ZERO, -low - bottom * step)
-                    for _ in range(REGRESSIONS + 1):
+                    for _ in range(2):
                         wq, wqq, wqx, error = _affine(part, w, s, m, top)
+                        s_then, m_then = _regressed(total, wx, wq, wqq, wqx)
                         if error < least:
                             least, scales[row, group], minima[row, group] = error, s, m
-                        determinant = total * wqq - wq * wq
-                        if determinant <= ZERO:
-                            break
-                        s = (total * wqx - wq * wx) / determinant
-                        m = (wq * wqx - wqq * wx) / determinant
-                        if m < ZERO:
-                            m = ZERO
-                            s = wqx / wqq
+                            s_next, m_next = s_then, m_then
+                        s, m = s_then, m_then
                         if s <= ZERO:
                             break
+            for _ in range(POLISH):
+                s, m = s_next, m_next
+                if s <= ZERO:
+                    break
+                wq, wqq, wqx, error = _affine(part, w, s, m, top)
+                if error >= least:
+                    break
+                least, scales[row, group], minima[row, group] = error, s, m
+                s_next, m_next = _regressed(total, wx, wq, wqq, wqx)
     return scales, minima
 
 

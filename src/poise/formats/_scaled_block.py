@@ -142,8 +142,8 @@ def round_steps(weight: Tensor, scale: Tensor, minimum: Tensor, top: int, noise:
     """Codes 0..top of scale * q + minimum, parameters [rows, groups]; nearest, or one of the two around by chance."""
     if noise is None:
         n = weight.shape[1] // max(1, scale.shape[1])
-        arrays = (part.contiguous().numpy() for part in (weight, scale, minimum))
-        return torch.from_numpy(nearest_steps(*arrays, max(1, n), np.float32(top)))
+        x, s, m = (part.contiguous().numpy() for part in (weight, scale, minimum))
+        return torch.from_numpy(nearest_steps(x, s, m, max(1, n), np.float32(top)))
     scale, minimum = (spread(part, weight.shape[1]) for part in (scale, minimum))
     steps = (weight - minimum).div_(torch.where(scale == 0, torch.inf, scale))
     return steps.add_(noise).floor_().clamp_(0, top).to(torch.uint8)
