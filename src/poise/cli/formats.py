@@ -31,8 +31,9 @@ def run(
     from poise.planning.grid import specs as all_specs
     from poise.reports import console, report
 
+    wanted = [spec for given in specs for spec in all_specs(given)] if specs else all_specs()
     with terminal.progress() as progress:
-        rows = pipeline.examine(specs or all_specs(), measure=error, progress=progress)
+        rows = pipeline.examine(wanted, measure=error, progress=progress)
     if as_json:
         print(report.formats_json(rows))
     else:

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from poise.core.format import Params
 from poise.formats._block import Block, spread, to_half
-from poise.formats._lattice_search import BLOCK, EVEN, FREE, NONE, Floats, Points, Shape, fit_scales, nearest_codes
+from poise.formats._lattice_scales import BLOCK, fit_scales
+from poise.formats._lattice_search import EVEN, FREE, NONE, Floats, Points, Shape, nearest_codes
 from poise.tables import lattices
 
 __all__ = ["EVEN", "FREE", "NONE", "Lattice"]

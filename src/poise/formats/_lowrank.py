@@ -17,8 +17,8 @@ ADMM = 60
 """Rounds; 100 lower the error of Gaussian weights by half a percent."""
 PULL = (0.2, 1.0)
 """First and last weight of the signs against the product's error, in units of the mean square of a factor."""
-FIXED = 20
-"""Rounds with one side fixed; at 2 bits a weight, 1 round ends with a fifth more error, 40 with the same."""
+FIXED, FIXED_PULL = 20, 0.5
+"""Rounds with one side fixed, and the weight of the signs in them."""
 ROUNDS = 8
 """Of refinement; 8 more lower the error by half a percent."""
 SWEEPS = 16
@@ -40,7 +40,9 @@ class Factors(NamedTuple):
 def factorize(w: Tensor, rank: int) -> Factors:
     """Factors of small squared error, for w of a magnitude near one."""
     a, b = _admm(w, rank)
-    (u, h, _), (v, g, _) = _svid(a), _svid(b)
+    (h, _), (g, _) = _sizes(a), _sizes(b)
+    u, v = _sign(a), _sign(b)
+    del a, b
     l = _middle(w, u, v, h, g)  # noqa: E741
     for _ in range(ROUNDS):
         u, h = _side(w, u, h, v * g * l)
@@ -58,16 +60,23 @@ def nearest_signs(w: Tensor, h: Tensor, other: Tensor, start: Tensor | None = No
         start: signs to begin with; without, those that ADMM draws the least squares to.
     """
     gram = other.t() @ other
-    target = w @ other
-    u = _relaxed_signs(target / _divisor(h), gram) if start is None else start.clone()
-    slope = target - (u * h) @ gram
+    mean = float(gram.diagonal().mean())
+    inverse = _inverse(gram.clone(), FIXED_PULL * mean) if start is None else gram
+    out = torch.empty(len(w), other.shape[1])
 
-    def flip(rows: slice) -> None:
-        _flip(u[rows].numpy(), slope[rows].numpy(), h[rows, 0].numpy(), gram.numpy(), SWEEPS)
+    def search(rows: slice) -> None:
+        size, target = h[rows], w[rows] @ other
+        if start is None:
+            u = _relaxed_signs(target / _divisor(size), inverse, FIXED_PULL * mean)
+        else:
+            u = start[rows].clone()
+        slope = target.sub_((u * size) @ gram)
+        _flip(u.numpy(), slope.numpy(), size[:, 0].contiguous().numpy(), gram.numpy(), SWEEPS)
+        out[rows] = u
 
-    if u.numel():
-        map_slabs(flip, *u.shape)
-    return u
+    if out.numel():
+        map_slabs(search, *w.shape)
+    return out
 
 
 @fast
@@ -92,62 +101,67 @@ def _flip(u: Any, slope: Any, h: Any, gram: Any, sweeps: Any) -> None:
                 break
 
 
-def _relaxed_signs(target: Tensor, gram: Tensor) -> Tensor:
-    """Signs near the real u of u gram = target, which is drawn to -1 and 1 by and by."""
-    mean = float(gram.diagonal().mean())
+def _relaxed_signs(target: Tensor, inverse: Tensor, pull: float) -> Tensor:
+    """Signs near the real u of u gram = target, which is drawn to -1 and 1 by and by.
+
+    Args:
+        inverse: of gram + pull.
+    """
     z, dual = torch.zeros_like(target), torch.zeros_like(target)
-    for k in range(FIXED):
-        pull = mean * k / FIXED
-        u = _solve(gram, target + pull * (z - dual), pull)
+    for _ in range(FIXED):
+        u = (target + pull * (z - dual)) @ inverse
         z = _sign(u + dual)
         dual += u - z
     return z
 
 
 def _admm(w: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Two real factors [n, R] and [m, R], near signs times magnitudes of rank one; their product is near w."""
+    """Two real factors [n, R] and [m, R], near signs times magnitudes of rank one; their product is near w.
+
+    Kept of a side are its factor u and a = u + dual: what it is drawn to, z, is the projection of a.
+    """
+    u, a = torch.zeros(len(w), rank), torch.zeros(len(w), rank)
     v = torch.randn(w.shape[1], rank, generator=torch.Generator().manual_seed(rank))
-    zu, du = torch.zeros(len(w), rank), torch.zeros(len(w), rank)
-    zv, dv = torch.zeros_like(v), torch.zeros_like(v)
+    b = torch.zeros_like(v)
     for k in range(ADMM):
         share = PULL[0] + (PULL[1] - PULL[0]) * k / ADMM
-        u = _pulled(w, v, zu - du, share)
-        zu = _project(u + du)
-        du += u - zu
-        v = _pulled(w.t(), u, zv - dv, share)
-        zv = _project(v + dv)
-        dv += v - zv
-    return u + du, v + dv
+        _pulled(w, v, u, a, share)
+        _pulled(w.t(), u, v, b, share)
+    return a, b
 
 
-def _pulled(w: Tensor, other: Tensor, goal: Tensor, share: float) -> Tensor:
+def _pulled(w: Tensor, other: Tensor, u: Tensor, a: Tensor, share: float) -> None:
+    """One step of ADMM for one side, in place: u of least |w - u other^T|^2 + pull |u - z + dual|^2, then dual."""
     gram = other.t() @ other
     pull = share * float(gram.diagonal().mean())
-    return _solve(gram, w @ other + pull * goal, pull)
+    inverse = _inverse(gram, pull)
+    del gram
+    left, right = _sizes(a)
+
+    def step(rows: slice) -> None:
+        z = _sign(a[rows]) * left[rows] * right
+        goal = (w[rows] @ other).add_(2 * z - a[rows], alpha=pull)
+        u[rows] = goal @ inverse
+        a[rows] += u[rows] - z
+
+    map_slabs(step, *w.shape)
 
 
-def _solve(gram: Tensor, right: Tensor, pull: float) -> Tensor:
-    """x of x (gram + pull) = right."""
-    extra = pull + DAMPING * float(gram.diagonal().mean()) + 1e-30
-    factor = torch.linalg.cholesky(gram + extra * torch.eye(len(gram)))
-    return torch.cholesky_solve(right.t(), factor).t()
+def _inverse(gram: Tensor, pull: float) -> Tensor:
+    """Of gram + pull, damped a little; gram is lost."""
+    gram.diagonal().add_(pull + DAMPING * float(gram.diagonal().mean()) + 1e-30)
+    return torch.cholesky_inverse(torch.linalg.cholesky(gram, out=gram))
 
 
-def _project(a: Tensor) -> Tensor:
-    """Its signs, times the magnitudes of rank one that are nearest to its own."""
-    sign, left, right = _svid(a)
-    return sign * left * right
-
-
-def _svid(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """sign(a) and |a| ~ left right^T, [n, 1] and [R]: power iteration, whose limit is not negative."""
+def _sizes(a: Tensor) -> tuple[Tensor, Tensor]:
+    """|a| ~ left right^T, [n, 1] and [R]: power iteration, whose limit is not negative (Dual-SVID)."""
     size = a.abs()
     right = size.mean(0)
     for _ in range(4):
         left = size @ right
         left = left / left.norm().clamp(min=1e-30)
         right = left @ size
-    return _sign(a), left.unsqueeze(1), right
+    return left.unsqueeze(1), right
 
 
 def _divisor(values: Tensor) -> Tensor:
@@ -162,13 +176,26 @@ def _sign(a: Tensor) -> Tensor:
 def _side(w: Tensor, u: Tensor, h: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     """One side's signs, then its magnitudes, for the other side as it is."""
     u = nearest_signs(w, h, other, u)
-    y = u @ other.t()
-    power = y.square().sum(1, keepdim=True)
-    return u, (w * y).sum(1, keepdim=True) / _divisor(power)
+    out = torch.empty_like(h)
+
+    def fit(rows: slice) -> None:
+        y = u[rows] @ other.t()
+        out[rows] = (w[rows] * y).sum(1, keepdim=True) / _divisor(y.square().sum(1, keepdim=True))
+
+    map_slabs(fit, *w.shape)
+    return u, out
 
 
 def _middle(w: Tensor, u: Tensor, v: Tensor, h: Tensor, g: Tensor) -> Tensor:
     """l of least squares: of the normal equations of R matrices of rank one."""
-    a, b = u * h, v * g
-    gram = (a.t() @ a) * (b.t() @ b)
-    return _solve(gram, ((w @ b) * a).sum(0, keepdim=True), 0.0)[0]
+    b = v * g
+    gram = b.t() @ b
+
+    def project(rows: slice) -> Tensor:
+        return (w[rows] @ b).mul_(u[rows]).mul_(h[rows]).sum(0)
+
+    right = torch.stack(map_slabs(project, *w.shape)).sum(0)
+    del b
+    a = u * h
+    gram.mul_(a.t() @ a)
+    return _inverse(gram, 0.0) @ right

@@ -80,9 +80,9 @@ class BinaryLowrank(Format):
                 torch.zeros(rows, 1), torch.ones(rank), torch.ones(columns, 1), torch.ones(columns, rank)
             )
         x = weight / size
-        unit = x.square().mean().sqrt()
+        unit = x.norm() / x.numel() ** 0.5
         root = _weights(importance, columns).sqrt()
-        found = factorize(x / unit * root, rank)
+        found = factorize(x.div_(unit).mul_(root), rank)
         g = found.g / root.view(-1, 1)
         # l and g have a mean square of one, and h holds the magnitude.
         of_l, of_g = (part.square().mean().sqrt().clamp(min=1e-30) for part in (found.l, g))

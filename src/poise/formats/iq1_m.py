@@ -28,7 +28,7 @@ class Iq1M(Lattice):
     top, step = 7, 1.0
     shifts = (DELTA, -DELTA)
     mixed = True
-    reach, tries = (0.8, 2.4), 8
+    reach, tries = (0.85, 2.3), 4
 
     def to_bytes(self, codes: Tensor, params: Params) -> Tensor:
         codes, s = runs(codes, 32), runs(params["s"], 16)

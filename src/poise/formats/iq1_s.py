@@ -26,7 +26,7 @@ class Iq1S(Lattice):
     table, signs, index_bits = "iq1", NONE, 11
     top, step = 7, 1.0
     shifts = (DELTA, -DELTA)
-    reach, tries = (0.8, 2.4), 8
+    reach, tries = (0.85, 2.3), 4
 
     def to_bytes(self, codes: Tensor, params: Params) -> Tensor:
         codes = runs(codes, 32)

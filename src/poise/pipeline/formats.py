@@ -11,13 +11,14 @@ from poise.core.format import Format, FormatFacts
 from poise.core.registry import build, name_of, spec_of
 from poise.planning.grid import LAYER, answers
 
-SHAPE = (64, 1024)
-SMALL = (16, 256)
-"""Sample of formats that round a whole row or a long run of columns: a few thousand weights a second."""
+SHAPE = (32, 4096)
+"""Rows as long as those that bits are counted for: levels of a whole row adapt to a short one."""
+SMALL = (16, 1024)
+"""Sample of formats that round a long run of columns: a few ten thousand weights a second."""
 LONG = 16
 """Columns rounded together from which the small sample is taken."""
 LARGE = (512, 1024)
-"""Sample of formats with a codebook for the whole matrix, which would learn a small sample by heart."""
+"""Sample of formats that share columns' parts of all rows, which would learn a few rows by heart."""
 
 Progress = Callable[[str, int, int], None]
 
@@ -52,8 +53,8 @@ def examine(
 
 def signal_to_noise(format: Format, kind: str) -> float:
     """10 log10(sum w^2 / sum (w - w')^2), infinite for a format that is exact."""
-    long = format.width == 0 or format.width >= LONG
-    weight = sample(kind, *(SMALL if long else LARGE if format.shared and format.width > 1 else SHAPE))
+    long, joint = format.width >= LONG, format.shared and format.width != 1
+    weight = sample(kind, *(SMALL if long else LARGE if joint else SHAPE))
     error = float((build("solver", "search").solve(weight, format).decode() - weight).square().sum())
     return 10 * math.log10(float(weight.square().sum()) / error) if error else math.inf
 
