@@ -195,7 +195,6 @@ def _middle(w: Tensor, u: Tensor, v: Tensor, h: Tensor, g: Tensor) -> Tensor:
         return (w[rows] @ b).mul_(u[rows]).mul_(h[rows]).sum(0)
 
     right = torch.stack(map_slabs(project, *w.shape)).sum(0)
-    del b
     a = u * h
     gram.mul_(a.t() @ a)
     return _inverse(gram, 0.0) @ right

@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 from poise.core.bits import pack_bits, unpack_bits, words
 from poise.core.errors import UsageError
 from poise.core.format import Format, Params
+from poise.core.slabs import map_slabs
 from poise.formats._scales import DTYPES, Scales
 
 ROUNDS = 12
@@ -84,7 +85,13 @@ class BinaryResidual(Format):
         w = self._weights(importance, columns)
         plain = torch.zeros(1, columns, dtype=torch.bool)
         single = self._refine(x, w, plain)
-        error = (self._values(x, single, plain) - x).square_().sum(0) * w[0]
+
+        def errors(rows: slice) -> Tensor:
+            part = _Scales(single.scale[rows], single.residual[rows], single.column)
+            codes = self._nearest(x[rows], part, plain)
+            return self._levels(codes, part, plain).sub_(x[rows]).square_().sum(0)
+
+        error = torch.stack(map_slabs(errors, rows, columns)).sum(0) * w[0]
         salient = plain.clone()
         salient[0, error.argsort(descending=True, stable=True)[: self.salient_of(columns)]] = True
         a, b, c = self._refine(x, w, salient, single) if self.share else single
@@ -104,15 +111,29 @@ class BinaryResidual(Format):
 
     def _refine(self, x: Tensor, w: Tensor, salient: Tensor, start: "_Scales | None" = None) -> "_Scales":
         """Scales of least squared error: of groups, then of columns, then the signs, over and over."""
-        c = torch.ones(1, x.shape[1]) if start is None else start.column
-        a = self._sums(x.abs() * w) / self._sums(w)
+        rows, columns = x.shape
+        c = torch.ones(1, columns) if start is None else start.column
+        a = torch.empty(rows, -(-columns // self.group_of(columns)))
+        b = torch.empty_like(a)
         second = salient.float()
-        b = self._sums(x.abs() * w * second) / self._sums(w * second).clamp(min=1e-30) / 2
-        b = torch.where(self._sums(second) > 0, torch.minimum(a, b), 0)
-        scales = _Scales(a, b, c)
+        mass, second_mass = self._sums(w), self._sums(w * second)
+
+        def begin(slab: slice) -> None:
+            size = x[slab].abs().mul_(w)
+            a[slab] = self._sums(size) / mass
+            half = self._sums(size.mul_(second)) / (2 * second_mass.clamp(min=1e-30))
+            b[slab] = torch.minimum(a[slab], half)
+
+        def sweep(slab: slice) -> Tensor:
+            found = self._fit_groups(x[slab], w, _Scales(a[slab], b[slab], c), salient)
+            a[slab], b[slab] = found.scale, found.residual
+            return self._column_sums(x[slab], found, salient)
+
+        map_slabs(begin, rows, columns)
         for _ in range(ROUNDS):
-            scales = self._fit_columns(x, self._fit_groups(x, w, scales, salient), salient)
-        return self._fit_groups(x, w, scales, salient)
+            c = _columns(torch.stack(map_slabs(sweep, rows, columns)).sum(0))
+        map_slabs(sweep, rows, columns)
+        return _Scales(a, b, c)
 
     def _fit_groups(self, x: Tensor, w: Tensor, scales: "_Scales", salient: Tensor) -> "_Scales":
         """a and b of the normal equations of x = c (a B + b R), for the signs that these scales give."""
@@ -130,16 +151,10 @@ class BinaryResidual(Format):
         a, b = a.abs(), b.abs()
         return _Scales(torch.maximum(a, b), torch.minimum(a, b), scales.column)
 
-    def _fit_columns(self, x: Tensor, scales: "_Scales", salient: Tensor) -> "_Scales":
-        """c = sum_i x v / sum_i v^2 with v = a B + b R; their mean square stays one."""
+    def _column_sums(self, x: Tensor, scales: "_Scales", salient: Tensor) -> Tensor:
+        """sum_i x v and sum_i v^2 of every column, v = a B + b R; [2, columns]."""
         v = self._levels(self._nearest(x, scales, salient), scales._replace(column=torch.ones(1)), salient)
-        power = v.square().sum(0, keepdim=True)
-        c = torch.where(power > 0, (x * v).sum(0, keepdim=True) / torch.where(power > 0, power, 1), 1).abs()
-        unit = c.square().mean().sqrt()
-        return scales._replace(column=torch.where(unit > 0, c / torch.where(unit > 0, unit, 1), 1))
-
-    def _values(self, x: Tensor, scales: "_Scales", salient: Tensor) -> Tensor:
-        return self._levels(self._nearest(x, scales, salient), scales, salient)
+        return torch.stack(((x * v).sum(0), v.square().sum(0)))
 
     def _nearest(self, x: Tensor, scales: "_Scales", salient: Tensor) -> Tensor:
         """Codes: B is the sign, R is positive where the weight is above what B alone gives."""
@@ -224,6 +239,14 @@ class _Scales(NamedTuple):
     scale: Tensor
     residual: Tensor
     column: Tensor
+
+
+def _columns(sums: Tensor) -> Tensor:
+    """c = sum_i x v / sum_i v^2 [1, columns], of a mean square of one."""
+    product, power = sums.unsqueeze(1)
+    c = torch.where(power > 0, product / torch.where(power > 0, power, 1), 1).abs()
+    unit = c.square().mean().sqrt()
+    return torch.where(unit > 0, c / torch.where(unit > 0, unit, 1), 1)
 
 
 def _load(params: Params) -> _Scales:

@@ -18,7 +18,7 @@ SMALL = (16, 1024)
 LONG = 16
 """Columns rounded together from which the small sample is taken."""
 LARGE = (512, 1024)
-"""Sample of formats that share columns' parts of all rows, which would learn a few rows by heart."""
+"""Sample of formats with codebooks or factors that all rows share, which would learn a few rows by heart."""
 
 Progress = Callable[[str, int, int], None]
 
