@@ -15,7 +15,89 @@ from poise.planning.grid import EXAMPLES
 SPECS = [spec for name in names("format") for spec in EXAMPLES.get(name, (name,))]
 SLOW = ("trellis", "binary-lowrank")
 """A few thousand weights a second: smaller samples."""
-PINNED: dict[str, float] = {}
+PINNED: dict[str, float] = {
+    "apot": 0.008858,
+    "apot(bits=5)": 0.0041,
+    "binary": 0.3621,
+    "binary-lowrank": 0.9081,
+    "binary-residual": 0.308,
+    "bof(bits=3)": 0.02748,
+    "bof": 0.00652,
+    "bof(signed=False)": 0.006645,
+    "e8": 0.09164,
+    "float(dtype='float16')": 4.289e-08,
+    "float(dtype='bfloat16')": 2.779e-06,
+    "float(dtype='float32')": 0,
+    "fp4": 0.007972,
+    "fp6": 0.0007285,
+    "fp6(variant='e3m2')": 0.002454,
+    "fp8": 0.0006317,
+    "fp8(variant='e5m2')": 0.002453,
+    "fp8(group='128x128')": 0.00066,
+    "int(bits=4, group=32)": 0.006531,
+    "int(bits=4, group=32, symmetric=False)": 0.00603,
+    "int(bits=4, group=32, symmetric=False, zero='minimum')": 0.004777,
+    "int(bits=4, group=128)": 0.009552,
+    "int(bits=5, group=32)": 0.001618,
+    "int(bits=5, group=32, symmetric=False, zero='minimum')": 0.00112,
+    "int(bits=3, group=64)": 0.03094,
+    "int(bits=8, group=32)": 2.452e-05,
+    "int(bits=8, group='channel')": 5.527e-05,
+    "int(bits=8, group='tensor')": 9.541e-05,
+    "int(bits=4, group='128x128', narrow=True, scale='e8m0')": 0.02062,
+    "int(bits=4, group=64, symmetric=False, scale='double')": 0.007532,
+    "int(bits=2, group=64, symmetric=False)": 0.1218,
+    "iq1_m": 0.1689,
+    "iq1_s": 0.1971,
+    "iq2_s": 0.05745,
+    "iq2_xs": 0.08215,
+    "iq2_xxs": 0.1088,
+    "iq3_s": 0.01665,
+    "iq3_xxs": 0.03131,
+    "iq4_nl": 0.005393,
+    "iq4_xs": 0.005468,
+    "kmeans(bits=2)": 0.1155,
+    "kmeans(bits=3)": 0.03162,
+    "kmeans": 0.007548,
+    "log2(bits=3)": 0.0401,
+    "log2": 0.02876,
+    "mxfp4": 0.01251,
+    "mxfp6": 0.0008075,
+    "mxfp6(variant='e3m2')": 0.002831,
+    "mxfp8": 0.0007148,
+    "mxfp8(variant='e5m2')": 0.002831,
+    "mxint8": 6.783e-05,
+    "nf(bits=2)": 0.1321,
+    "nf(bits=3)": 0.02917,
+    "nf": 0.006855,
+    "nf(scale='double')": 0.006863,
+    "nf(bits=8)": 3.106e-05,
+    "nvfp4": 0.006715,
+    "nvfp4(four_over_six=True)": 0.006715,
+    "nvfp4(tensor_scale=False)": 0.006669,
+    "power(bits=3)": 0.03935,
+    "power": 0.008795,
+    "power(exponent='tensor')": 0.008793,
+    "q1_0": 0.3621,
+    "q2_0": 0.1219,
+    "q2_k": 0.06826,
+    "q3_k": 0.02059,
+    "q4_0": 0.006519,
+    "q4_1": 0.004777,
+    "q4_k": 0.004833,
+    "q5_0": 0.001597,
+    "q5_1": 0.00112,
+    "q5_k": 0.001153,
+    "q6_k": 0.0002743,
+    "q8_0": 2.339e-05,
+    "ternary": 0.1903,
+    "ternary(group='tensor')": 0.1909,
+    "tq1_0": 0.1896,
+    "tq2_0": 0.1896,
+    "trellis": 0.07239,
+    "vector": 0.07718,
+    "vector(dim=8, stages=2)": 0.0418,
+}
 """Relative squared error on Gaussian weights, `search` without importance: [32, 512], SLOW ones [16, 256]."""
 
 
@@ -147,7 +229,7 @@ def test_zeros_are_exact_and_constants_are_close(spec):
         constant = build("solver", solver).solve(torch.full_like(weight, 0.375), format).decode()
         assert torch.isfinite(constant).all()
     # The levels next to a constant are the constant, but for grids that no scale lays through it everywhere.
-    assert (constant - 0.375).abs().max() < 0.375 * 0.7
+    assert (constant - 0.375).abs().max() < 0.375 * 0.75
 
 
 @pytest.mark.parametrize("size", [1e-42, 1e-20, 1e-7])
@@ -172,7 +254,9 @@ def test_a_decoded_weight_is_encoded_to_itself(spec):
     decoded = solved(spec).decode()
     again = build("solver", "search").solve(decoded, format_of(spec)).decode()
     # By the same values up to the rounding of scales; formats that learn codebooks or signs come close.
-    assert float((again - decoded).square().sum() / decoded.square().sum()) < IDEMPOTENT.get(name_of(build("format", spec)), 1e-6)
+    assert float((again - decoded).square().sum() / decoded.square().sum()) < IDEMPOTENT.get(
+        name_of(build("format", spec)), 1e-6
+    )
 
 
 IDEMPOTENT = {
@@ -233,7 +317,9 @@ def test_stochastic_rounding_is_for_scalar_formats(spec):
         )
         < 4 * PINNED.get(spec, 1) + 1e-4
     )
-    assert torch.equal(nearest, drawn) == (spec == "float(dtype='float32')")  # float32 weights are values of it
+    assert torch.equal(nearest, drawn) == (
+        spec == "float(dtype='float32')"
+    )  # float32 weights are values of it
 
 
 FAMILIES = [
