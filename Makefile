@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 SMOLLM2 := $(VENV)/.smollm2
 WORKERS ?= 2
 
-.PHONY: demo test lint format docs bench bench-memory bench-speed bench-decoding verify-vllm clean
+.PHONY: demo test lint format docs bench bench-memory bench-speed bench-formats bench-decoding verify-vllm clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -40,13 +40,16 @@ format: $(INSTALLED)
 docs: $(INSTALLED)
 	$(BIN)/python docs/generate.py
 
-bench: bench-speed bench-memory bench-decoding
+bench: bench-speed bench-memory bench-formats bench-decoding
 
 bench-speed: $(INSTALLED)
 	$(BIN)/python benchmarks/speed.py
 
 bench-memory: $(INSTALLED)
 	$(BIN)/python benchmarks/memory.py
+
+bench-formats: $(INSTALLED)
+	$(BIN)/python benchmarks/formats.py
 
 bench-decoding: $(SMOLLM2)
 	$(BIN)/python benchmarks/decoding.py

@@ -7,14 +7,16 @@ page takes no time and gives the same bytes everywhere. Bits, groups and exporte
 import json
 import math
 import re
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
+from textwrap import fill
 from typing import Any, NamedTuple
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from poise.core.format import FormatFacts
-from poise.core.registry import name_of, names, parse_spec
+from poise.core.registry import build, name_of, names, parse_spec, spec_of
 from poise.pipeline import examine
 from poise.planning.grid import specs
 
@@ -49,37 +51,37 @@ FAMILIES = (
         "llama.cpp, scalar and K",
         r"q\d_[01k]|iq4_(nl|xs)|tq\d_0",
         "What a GGUF file holds and llama.cpp runs anywhere. `q4_k` to `q6_k` for most models, `q2_k` and `q3_k` when "
-        "memory is short, `iq4_xs` for a little less error at fewer bits than `q4_k`; `q4_0` where a width is no multiple of "
-        "256; `tq1_0` and `tq2_0` for models that were trained ternary.",
+        "memory is short, `iq4_xs` where a quarter of a bit counts; `q4_0` and `iq4_nl` where a width is no multiple of 256; `tq1_0` and `tq2_0` for models that were trained ternary.",
     ),
     Family(
         "llama.cpp, lattices",
         r"iq[123]_\w+",
         "Vectors of 4 or 8 weights from a fixed lattice, 1.5 to 3.5 bits: the least error that llama.cpp reads at these "
-        "sizes, slower to decode on a CPU. Give them importance; below 2.5 bits they need it.",
+        "sizes. Below 3 bits, give them importance from a calibration text.",
     ),
     Family(
         "Floating point",
         r"fp\d|mxfp\d|mxint8|nvfp4|float",
         "Steps that grow with the value, for hardware that multiplies them: `fp8` for weights and activations of recent "
-        "accelerators, `mxfp4` and `nvfp4` for the latest. In weights alone, integers of the same bits lose less.",
+        "accelerators, `mxfp4` and `nvfp4` for the latest. Of normal weights, integers of the same bits lose less; with heavy "
+        "tails, `nvfp4` does.",
     ),
     Family(
         "Non-uniform",
         r"nf|bof|power|kmeans|log2|apot",
-        "Levels where the weights are: `bof` and `nf` for normal weights in groups, `kmeans` learned for each row (best "
-        "with few bits and heavy tails), `power` searched for each row; `log2` and `apot` for hardware that shifts.",
+        "Levels where the weights are: `bof` and `nf` for normal weights in groups, `kmeans` learned for each row, "
+        "the best at 2 and 3 bits without groups, `power` searched for each row; `log2` and `apot` for hardware that shifts.",
     ),
     Family(
         "Vectors and trellises",
         r"vector|e8|trellis",
         "Many weights rounded together, near the bound at 2 bits. Weights should look normal (rotate them first). `e8` is "
-        "fixed and fast, `vector` learned, `trellis` the least error and the slowest to encode.",
+        "fixed, `vector` learned, `trellis` has the least error and is the slowest to encode.",
     ),
     Family(
         "Ternary and binary",
         r"ternary|binary.*",
-        "For research below 2 bits, and for models trained with such weights: after training alone the loss is large.",
+        "For research below 2 bits, and for models that were trained with such weights; others lose much.",
     ),
 )
 
@@ -115,12 +117,11 @@ def parts() -> list[str]:
         "## All formats",
         "Bits per weight count everything stored, for 4096 x 4096 weights with 16-bit scales. Width is how many columns are "
         "rounded together. The ratio of signal to noise is that of `search` without importance, on normal weights and on "
-        "weights with heavy tails (Student's t, 5 degrees of freedom): six dB more are one bit more. Weights of a model lie "
-        "between the two.",
+        "weights with heavy tails (Student's t, 5 degrees of freedom): six dB more are one bit more.",
         _table(),
         "## Error against bits",
-        "The line is the bound for normal weights that no format can pass, 6.02 dB a bit. Scalar formats lie 1.5 dB or "
-        "more below it even with the best levels; rounding many weights together comes closer.",
+        "The line is the bound for normal weights that no format can pass, 6.02 dB a bit. Formats that round "
+        "one weight at a time stay 2.3 dB or more below it; rounding many together comes closer.",
         "![Signal-to-noise ratio against bits per weight](pictures/rate.svg)",
         "## Levels",
         "The values that the weights of one group can take, relative to the largest, after fitting to normal weights. "
@@ -161,27 +162,28 @@ def _measured(table: dict[str, Any]) -> str:
     header = table["header"]
     rule = "|---" + "|---:" * (len(header) - 2) + "|---|"
     rows = [f"| {' | '.join(row)} |" for row in (header, *table["rows"])]
-    return "\n".join([f"### {table['title']}", "", table["text"], "", rows[0], rule, *rows[1:]])
+    text = fill(table["text"], 110, break_long_words=False, break_on_hyphens=False)
+    return "\n".join([f"### {table['title']}", "", text, "", rows[0], rule, *rows[1:]])
 
 
 def short(spec: str) -> str:
     """A label: name and bits, and arguments other than groups and scales."""
-    name, arguments = parse_spec(spec)
-    bits = arguments.pop("bits", None) or {
-        "nf": 4,
-        "bof": 4,
-        "power": 4,
-        "kmeans": 4,
-        "apot": 4,
-        "log2": 4,
-    }.get(name, "")
-    words = {"symmetric": "asymmetric", "zero": "minimum", "signed": "unsigned"}
-    others = [
-        value if key in ("variant", "dtype") else words.get(key, key.replace("_", " "))
-        for key, value in arguments.items()
-        if key not in ("group", "scale")
-    ]
-    return " ".join([f"{name}{bits}", *(others[-1:] if "minimum" in others else others)])
+    format = build("format", spec)
+    name, given = name_of(format), parse_spec(spec_of(format))[1]
+    bits = getattr(format, "bits", "") if any(field.name == "bits" for field in fields(format)) else ""
+    label = f"{name} ({bits})" if name[-1].isdigit() and bits else f"{name}{bits}" if name in SHORT else name
+    words = []
+    for key, value in given.items():
+        if key not in ("bits", "group", "scale"):
+            plain = key.replace("_", " ")
+            named = {True: plain, False: NEGATED.get(key, f"no {plain}")} if isinstance(value, bool) else {}
+            words.append(named.get(value, value if isinstance(value, str) else f"{plain}={value}"))
+    return " ".join([label, *(word for word in words if "minimum" not in words or word == "minimum")])
+
+
+SHORT = ("int", "nf", "bof", "power", "kmeans", "apot")
+"""Names that are written with their bits, as in nf4."""
+NEGATED = {"symmetric": "asymmetric", "signed": "unsigned"}
 
 
 class Dot(NamedTuple):
@@ -197,7 +199,7 @@ class Dot(NamedTuple):
     anchor: str
 
 
-WIDTH, HEIGHT, MARGIN = 960, 640, 56
+WIDTH, HEIGHT, MARGIN = 960, 860, 56
 BITS, DECIBELS = 9.5, 50.0
 CHARACTER, LINE = 6.0, 11.0
 PLACES = ((8, 4, "start"), (-8, 4, "end"), (0, -9, "middle"), (0, 17, "middle"), (8, -7, "start"), (8, 15, "start"),
@@ -277,8 +279,6 @@ STRIP, LABELS = 22, 250
 
 def levels_picture() -> str:
     """A line of levels for every scalar format, by family and by how many there are."""
-    from poise.core.registry import build
-
     lines: dict[tuple[float, ...], list[str]] = {}
     families: dict[tuple[float, ...], int] = {}
     for spec in specs():

@@ -26,6 +26,7 @@ from poise.formats._search import (
     ZERO,
     Floats,
     best_scales,
+    extremes,
     nearest_codes,
     nearest_levels,
 )
@@ -57,6 +58,12 @@ class SuperBlock(Block):
 
     whole: ClassVar[torch.dtype]
 
+    def extremes(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Smallest and largest weight of every group, [rows, super-blocks, groups of one]."""
+        shape = (weight.shape[0], weight.shape[1] // SUPER, SUPER // self.group)
+        low, high = extremes(weight.contiguous().numpy(), self.group)
+        return torch.from_numpy(low).view(shape), torch.from_numpy(high).view(shape)
+
 
 class AffineSuperBlock(SuperBlock):
     """Params: ``d`` and ``dmin`` float16 [rows, super-blocks], ``scale`` and ``minimum`` uint8 [rows, groups].
@@ -69,6 +76,15 @@ class AffineSuperBlock(SuperBlock):
     top: ClassVar[int]
     most: ClassVar[int]
     whole = torch.uint8
+
+    def cover(self, weight: Tensor) -> Params:
+        low, high = self.extremes(weight)
+        real = {"scale": (high - low.clamp(max=0)) / self.top, "minimum": -low.clamp(max=0)}
+        params = {}
+        for unit, (key, values) in zip(("d", "dmin"), real.items(), strict=True):
+            params[unit] = best_unit(values, 0, self.most)
+            params[key] = nearest_whole(values, params[unit], 0, self.most).to(self.whole).flatten(1)
+        return params
 
     def fit(self, weight: Tensor, importance: Tensor | None = None) -> Params:
         if not weight.numel():
@@ -128,6 +144,12 @@ class SymmetricSuperBlock(SuperBlock):
     low: ClassVar[int]
     high: ClassVar[int]
     whole = torch.int8
+
+    def cover(self, weight: Tensor) -> Params:
+        low, high = self.extremes(weight)
+        scale = torch.where(high >= -low, high, low) / max(self.levels, key=abs)
+        d = best_unit(scale, self.low, self.high)
+        return {"d": d, "scale": nearest_whole(scale, d, self.low, self.high).to(self.whole).flatten(1)}
 
     def fit(self, weight: Tensor, importance: Tensor | None = None) -> Params:
         if not weight.numel():
