@@ -6,7 +6,7 @@ relative squared error is
 
     (I - 1) / I  integral f_I(m)  integral_{-m}^{m} phi(w) (w - m q(w / m))^2 dw / (2 Phi(m) - 1)  dm,
 
-where one weight of the block, the largest, is exact. No paper prints this figure for its format; NF4 prints its levels,
+where one weight of the block, the largest, is exact. NF4 prints its levels,
 BOF4 the procedure that gives them, PowerQuant the companding and the objective for its exponent.
 """
 
