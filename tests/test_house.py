@@ -9,7 +9,13 @@ import poise
 
 SOURCE = Path(poise.__file__).parent
 FOLDERS = sorted(p.name for p in SOURCE.iterdir() if p.is_dir() and p.name != "__pycache__")
-BELOW = {"core": set(), "tables": set(), "layouts": {"core"}, "pipeline": set(FOLDERS) - {"cli"}, "cli": set(FOLDERS)}
+BELOW = {
+    "core": set(),
+    "tables": set(),
+    "layouts": {"core"},
+    "pipeline": set(FOLDERS) - {"cli"},
+    "cli": set(FOLDERS),
+}
 FILES = sorted(SOURCE.rglob("*.py"))
 
 

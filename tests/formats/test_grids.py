@@ -293,7 +293,9 @@ def test_blocks_of_rows_and_columns_share_a_scale_also_at_the_edges(spec, solver
     # The last block has 20 rows and 34 columns, and is as good as alone.
     corner = weight[80:, 96:].contiguous()
     alone = (solve(corner, spec, solver).decode() - corner).square().sum()
-    assert float((quantized.decode()[80:, 96:] - corner).square().sum()) == pytest.approx(float(alone), rel=0.02)
+    assert float((quantized.decode()[80:, 96:] - corner).square().sum()) == pytest.approx(
+        float(alone), rel=0.02
+    )
 
 
 def test_double_quantization_costs_little_and_is_counted():

@@ -100,7 +100,9 @@ class Groups:
         if self.whole:
             low, high = torch.aminmax(weight)
             return low.view(1, 1), high.view(1, 1)
-        low, high = (torch.from_numpy(part) for part in extremes(weight.contiguous().numpy(), self.of(columns)))
+        low, high = (
+            torch.from_numpy(part) for part in extremes(weight.contiguous().numpy(), self.of(columns))
+        )
         if self.rows == 1:
             return low, high
         padded = [torch.cat((part, part[-1:].expand(-rows % self.rows, -1))) for part in (low, high)]

@@ -105,7 +105,9 @@ class Power(Grid):
     def _explained(self, weight: Tensor, importance: Tensor | None, table: Table) -> Tensor:
         """What the levels explain of each row's weighted sum of squares, float64 [rows]; [1] for one group in all."""
         x, w, n = self.groups.view(weight, importance)
-        found = best_scales(x.numpy(), w.numpy(), n, table.levels, RATIOS * np.float32(narrower(1, n)), False, 1)
+        found = best_scales(
+            x.numpy(), w.numpy(), n, table.levels, RATIOS * np.float32(narrower(1, n)), False, 1
+        )
         share = self.groups.unview(torch.from_numpy(found[1]), *weight.shape)
         low, high = self.groups.extremes(weight)
         return (share.double() * torch.maximum(high, -low).double().square()).sum(-1)
