@@ -125,7 +125,7 @@ def errors() -> Table:
         "Relative squared error of Gaussian weights. `e8` and `trellis` are held to a bound; the others are encoded as "
         "published (scales that cover the group, `rtn`; for `kmeans` and `ternary` the optimum, `search`) and must be within 2 % "
         "of the expected error or below. Expected: Max's printed tables for `kmeans` (rows of 65536, which hardly adapt to "
-        "their sample) and `ternary`, 1 - 2 / pi for `binary`. The papers of `nf`, `bof` and `power` print no error on "
+        "their sample) and `ternary`, 1 - 2 / pi for `binary`. The papers of `nf`, `bof` and `power` were not found to print an error on "
         "Gaussian weights: theirs follow by numerical integration from NF4's printed levels, from BOF4's expectation "
         "maximization on drawn blocks, and from PowerQuant's companding at its best exponent, all without Poise's code "
         "(`benchmarks/expected.py`). The last column of figures is what `search` makes of the same bits.",
