@@ -14,6 +14,7 @@ from torch import Tensor
 from poise.core.bits import pack_bits, unpack_bits, words
 from poise.core.errors import UsageError
 from poise.core.format import Format, Params
+from poise.formats._chance import by_chance
 from poise.formats._groups import Group, Groups
 from poise.formats._scales import KINDS, Scales
 from poise.formats._search import (
@@ -216,17 +217,10 @@ error of Gaussian weights by less than half a percent."""
 def round_to(table: Table, weight: Tensor, scale: Tensor, groups: Groups, noise: Tensor | None) -> Tensor:
     """Codes of the nearest levels, or by chance one of the two around each weight; uint8 [rows, columns]."""
     if noise is not None:
-        return _round_by_chance(table, weight, groups.spread(scale, weight.shape[1]), noise)
+        numbers = by_chance(table.levels.values, weight, groups.spread(scale, weight.shape[1]), noise)
+        return torch.from_numpy(table.codes)[numbers.int()]
     if not weight.numel():
         return torch.empty(weight.shape, dtype=torch.uint8)
     n = groups.of(weight.shape[1]) if scale.shape[1] > 1 else weight.shape[1]
     arrays = (weight.contiguous().numpy(), scale.contiguous().numpy())
     return torch.from_numpy(nearest_codes(*arrays, n, table.levels, table.codes))
-
-
-def _round_by_chance(table: Table, weight: Tensor, scale: Tensor, noise: Tensor) -> Tensor:
-    levels = torch.from_numpy(table.levels.values)
-    t = weight / torch.where(scale == 0, torch.inf, scale)
-    lower = (torch.searchsorted(levels, t.contiguous(), right=True) - 1).clamp(0, len(levels) - 2)
-    share = (t - levels[lower]) / (levels[lower + 1] - levels[lower])
-    return torch.from_numpy(table.codes)[lower + (noise < share)]

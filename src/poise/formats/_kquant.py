@@ -18,8 +18,9 @@ from torch import Tensor
 
 from poise.core.format import Params
 from poise.formats._block import Block, spread, to_half
+from poise.formats._chance import by_chance
 from poise.formats._compiled import fast, inlined
-from poise.formats._scaled_block import FULL, STEP, by_chance, make_grid, round_steps, weights_of
+from poise.formats._scaled_block import FULL, STEP, make_grid, round_steps, weights_of
 from poise.formats._search import (
     ONE,
     TINY,

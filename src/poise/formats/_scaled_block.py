@@ -11,6 +11,7 @@ from torch import Tensor
 
 from poise.core.format import Params
 from poise.formats._block import Block, from_halves, from_nibbles, halves, nibbles, spread, to_half
+from poise.formats._chance import by_chance
 from poise.formats._search import (
     Floats,
     Levels,
@@ -147,15 +148,6 @@ def round_steps(weight: Tensor, scale: Tensor, minimum: Tensor, top: int, noise:
     scale, minimum = (spread(part, weight.shape[1]) for part in (scale, minimum))
     steps = (weight - minimum).div_(torch.where(scale == 0, torch.inf, scale))
     return steps.add_(noise).floor_().clamp_(0, top).to(torch.uint8)
-
-
-def by_chance(levels: Floats, weight: Tensor, scale: Tensor, noise: Tensor) -> Tensor:
-    """Numbers of the levels below or above weight / scale, the nearer one the likelier."""
-    values = torch.from_numpy(levels)
-    t = weight / torch.where(scale == 0, torch.inf, scale)
-    lower = (torch.searchsorted(values, t.contiguous(), right=True) - 1).clamp(0, len(values) - 2)
-    share = (t - values[lower]) / (values[lower + 1] - values[lower])
-    return (lower + (noise < share)).to(torch.uint8)
 
 
 def best_halves(format: Block, x: Floats, importance: Floats, real: dict[str, Tensor]) -> Params:
