@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from format_tools import error, solve
 from poise.core.errors import FormatError, UsageError
 from poise.core.format import QTensor
 from poise.core.registry import build, spec_of
-from poise.core.solver import Stats
 from poise.formats._lowrank import nearest_signs
 
 SCALAR = [
@@ -33,17 +33,6 @@ def falling(n=192):
     """A matrix whose singular values fall off, plus noise."""
     left, right = (torch.linalg.qr(gaussian(n, n, seed))[0] for seed in (1, 2))
     return (left * torch.arange(1, n + 1) ** -0.7) @ right * 10 + 0.02 * gaussian(n, n, 3)
-
-
-def solve(weight, spec, importance=None, **settings):
-    stats = None if importance is None else Stats(second_moment=importance, n_tokens=1, data_hash="")
-    return build("solver", "search").solve(weight, build("format", spec), stats, **settings)
-
-
-def error(weight, spec, importance=None):
-    w = 1 if importance is None else importance
-    squared = (solve(weight, spec, importance).decode() - weight).square() * w
-    return float(squared.sum() / (weight.square() * w).sum())
 
 
 @pytest.mark.parametrize("name", ["binary", "binary-residual", "binary-lowrank"])

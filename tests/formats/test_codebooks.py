@@ -5,10 +5,10 @@ import itertools
 import pytest
 import torch
 
+from format_tools import error, solve
 from poise.core.errors import FormatError, UsageError
 from poise.core.format import QTensor
 from poise.core.registry import build, spec_of
-from poise.core.solver import Stats
 
 SPECS = [
     "kmeans",
@@ -24,16 +24,6 @@ LLOYD_MAX = {1: 0.3634, 2: 0.1175, 3: 0.03454, 4: 0.009497, 5: 0.002499}
 
 def gaussian(rows=13, columns=192, seed=0):
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
-
-
-def solve(weight, spec, importance=None, **settings):
-    stats = None if importance is None else Stats(second_moment=importance, n_tokens=1, data_hash="")
-    return build("solver", "search").solve(weight, build("format", spec), stats, **settings)
-
-
-def error(weight, spec, importance=None):
-    squared = (solve(weight, spec, importance).decode() - weight).double().square()
-    return float(squared.sum() / weight.double().square().sum())
 
 
 def test_specs_have_defaults_and_short_names():

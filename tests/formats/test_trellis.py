@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from format_tools import error, solve
 from poise.core.errors import FormatError, UsageError
 from poise.core.format import QTensor
 from poise.core.registry import build, spec_of
-from poise.core.solver import Stats
 from poise.formats._trellis import encode, free_error
 from poise.formats.trellis import code_of
 
@@ -23,17 +23,6 @@ SPECS = [
 
 def gaussian(rows=37, columns=192, seed=0):
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
-
-
-def solve(weight, spec, importance=None, **settings):
-    stats = None if importance is None else Stats(second_moment=importance, n_tokens=1, data_hash="")
-    return build("solver", "search").solve(weight, build("format", spec), stats, **settings)
-
-
-def error(weight, spec, importance=None):
-    w = 1 if importance is None else importance
-    squared = (solve(weight, spec, importance).decode() - weight).square() * w
-    return float(squared.sum() / (weight.square() * w).sum())
 
 
 def test_specs_have_defaults_and_short_names():

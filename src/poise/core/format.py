@@ -126,8 +126,10 @@ class Format(ABC):
             UsageError: there is noise.
         """
         if noise is not None:
+            from poise.core.registry import name_of
+
             raise UsageError(
-                f"{type(self).__name__} is not scalar: stochastic rounding is for scalar formats"
+                f"{name_of(self)} is not scalar: stochastic rounding is for scalar formats, use rounding='nearest'"
             )
 
     def columns_of(self, codes: Tensor, params: Params) -> int:

@@ -83,6 +83,20 @@ def spread(values: Tensor, columns: int) -> Tensor:
     return values.repeat_interleave(columns // values.shape[1], dim=1)
 
 
+FLOOR = 2.0**-16
+"""Columns of less importance than this share of the largest count as this much, so that groups of columns without any
+weigh equally."""
+
+
+def relative_importance(importance: Tensor | None, columns: int, span: int) -> Tensor:
+    """Importance [columns] relative to the largest of a span of columns, positive; equal where there is none."""
+    if importance is None:
+        return torch.ones(columns)
+    spans = importance.float().view(-1, span)
+    largest = spans.amax(1, keepdim=True) if spans.numel() else spans
+    return torch.where(largest > 0, spans / largest, 1.0).clamp_(min=FLOOR).flatten()
+
+
 def to_half(values: Tensor) -> Tensor:
     """Scales as float16.
 

@@ -48,6 +48,7 @@ class SuperBlock(Block):
     """What both kinds share. Codes uint8 [rows, columns]."""
 
     columns = SUPER
+    whole: ClassVar[torch.dtype]
 
     def empty(self, weight: Tensor) -> Params:
         """Parameters of a weight without elements."""
@@ -56,8 +57,6 @@ class SuperBlock(Block):
             key: torch.zeros(rows, columns // per, dtype=torch.float16 if per == SUPER else self.whole)
             for key, per in self.per.items()
         }
-
-    whole: ClassVar[torch.dtype]
 
     def extremes(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Smallest and largest weight of every group, [rows, super-blocks, groups of one]."""

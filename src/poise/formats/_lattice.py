@@ -17,17 +17,15 @@ import torch
 from torch import Tensor
 
 from poise.core.format import Params
-from poise.formats._block import Block, spread, to_half
+from poise.formats._block import Block, relative_importance, spread, to_half
 from poise.formats._lattice_scales import BLOCK, fit_scales
-from poise.formats._lattice_search import EVEN, FREE, NONE, Floats, Points, Shape, nearest_codes
+from poise.formats._lattice_search import EVEN, FREE, NONE, Points, Shape, nearest_codes
 from poise.tables import lattices
 
 __all__ = ["EVEN", "FREE", "NONE", "Lattice"]
 
 DELTA = 0.125
 """What iq1_s and iq1_m add to all coordinates of a point, or take away."""
-FLOOR = 2.0**-16
-"""Columns of less importance than this share of the largest count as this much."""
 
 
 class Lattice(Block):
@@ -77,7 +75,7 @@ class Lattice(Block):
 
     def fit(self, weight: Tensor, importance: Tensor | None = None) -> Params:
         ratios = np.geomspace(*self.reach, self.tries, dtype=np.float32)
-        given = positive(importance, weight.shape[1], BLOCK)
+        given = relative_importance(importance, weight.shape[1], BLOCK).numpy()
         found = fit_scales(weight.contiguous().numpy(), given, self.shape, ratios)
         d, s, variant = map(torch.from_numpy, found)
         params = {"d": to_half(d), "s": s}
@@ -100,7 +98,7 @@ class Lattice(Block):
             if variant is None
             else spread(variant, units).contiguous()
         )
-        given = positive(importance, weight.shape[1], self.width)
+        given = relative_importance(importance, weight.shape[1], self.width).numpy()
         arrays = (weight.contiguous().numpy(), given, scale.numpy(), kind.numpy())
         return torch.from_numpy(nearest_codes(*arrays, self.shape))
 
@@ -163,14 +161,3 @@ def sign_table(width: int, signs: int) -> Tensor:
     if signs == EVEN:
         minus[:, -1] = minus.sum(1) % 2
     return 1.0 - 2.0 * minus
-
-
-def positive(importance: Tensor | None, columns: int, span: int) -> Floats:
-    """Importance for the loops: relative to the largest of a span of columns, none of it nothing."""
-    if importance is None:
-        return np.ones(columns, dtype=np.float32)
-    spans = importance.float().view(-1, span)
-    largest = spans.amax(1, keepdim=True) if spans.numel() else spans
-    relative = torch.where(largest > 0, spans / largest, 1.0)
-    found: Floats = relative.clamp(min=FLOOR).flatten().numpy()
-    return found

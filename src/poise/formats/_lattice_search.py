@@ -17,8 +17,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
+
+from poise.formats._compiled import finite, inlined
 
 Floats = npt.NDArray[np.float32]
 Points = npt.NDArray[np.int8]
@@ -30,9 +32,8 @@ FAR = np.float32(1e6)
 """Farther than this, in units of the scale, all is outside the lattice alike."""
 
 # Everything the loops see is finite: blocks are normalised, and what cannot be is settled before.
-settings: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": True}
-loop = njit(cache=True, **settings)
-inline = njit(inline="always", **settings)
+loop: Any = finite
+inline: Any = inlined
 
 
 class Shape(NamedTuple):

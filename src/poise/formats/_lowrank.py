@@ -12,6 +12,7 @@ from torch import Tensor
 
 from poise.core.slabs import map_slabs
 from poise.formats._compiled import fast
+from poise.formats._scales import divisor
 
 ADMM = 60
 """Rounds; 100 lower the error of Gaussian weights by half a percent."""
@@ -67,7 +68,7 @@ def nearest_signs(w: Tensor, h: Tensor, other: Tensor, start: Tensor | None = No
     def search(rows: slice) -> None:
         size, target = h[rows], w[rows] @ other
         if start is None:
-            u = _relaxed_signs(target / _divisor(size), inverse, FIXED_PULL * mean)
+            u = _relaxed_signs(target / divisor(size), inverse, FIXED_PULL * mean)
         else:
             u = start[rows].clone()
         slope = target.sub_((u * size) @ gram)
@@ -164,11 +165,6 @@ def _sizes(a: Tensor) -> tuple[Tensor, Tensor]:
     return left.unsqueeze(1), right
 
 
-def _divisor(values: Tensor) -> Tensor:
-    """Replaces zeros by infinity: what is divided by it becomes zero."""
-    return torch.where(values == 0, torch.inf, values)
-
-
 def _sign(a: Tensor) -> Tensor:
     return torch.where(a < 0, -1.0, 1.0)
 
@@ -180,7 +176,7 @@ def _side(w: Tensor, u: Tensor, h: Tensor, other: Tensor) -> tuple[Tensor, Tenso
 
     def fit(rows: slice) -> None:
         y = u[rows] @ other.t()
-        out[rows] = (w[rows] * y).sum(1, keepdim=True) / _divisor(y.square().sum(1, keepdim=True))
+        out[rows] = (w[rows] * y).sum(1, keepdim=True) / divisor(y.square().sum(1, keepdim=True))
 
     map_slabs(fit, *w.shape)
     return u, out

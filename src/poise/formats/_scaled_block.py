@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 from poise.core.format import Params
-from poise.formats._block import Block, from_halves, from_nibbles, halves, nibbles, spread, to_half
+from poise.formats._block import (
+    Block,
+    from_halves,
+    from_nibbles,
+    halves,
+    nibbles,
+    relative_importance,
+    spread,
+    to_half,
+)
 from poise.formats._chance import by_chance
 from poise.formats._search import (
     Floats,
@@ -29,9 +38,6 @@ POLISH = 2
 
 LARGEST = 1e15
 """Far more than any block holds; sums of squares are still finite."""
-FLOOR = 2.0**-16
-"""Columns of less importance than this share of their block's largest count as this much, so that groups of columns
-without any weigh equally."""
 FULL, STEP = 2.0**-14, 2.0**-24
 """Below FULL float16 is a multiple of STEP."""
 
@@ -181,11 +187,7 @@ def weights_of(weight: Tensor, importance: Tensor | None, span: int) -> tuple[Fl
     """
     if float(weight.abs().max()) > LARGEST:
         to_half(weight.abs().max())
-    given = torch.ones(weight.shape[1])
-    if importance is not None:
-        spans = importance.float().view(-1, span)
-        largest = spans.amax(1, keepdim=True)
-        given = torch.where(largest > 0, spans / largest, 1.0).clamp_(min=FLOOR)
+    given = relative_importance(importance, weight.shape[1], span)
     return weight.contiguous().numpy(), given.view(1, -1).numpy()
 
 

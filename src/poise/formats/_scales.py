@@ -59,7 +59,7 @@ class Scales:
             runs = -(-values.shape[1] // SECOND)
             wide = pad(values, (0, runs * SECOND - values.shape[1])).view(values.shape[0], runs, SECOND)
             step = wide.abs().amax(-1) / top
-            codes = (wide / _divisor(step).unsqueeze(-1)).round().flatten(1)
+            codes = (wide / divisor(step).unsqueeze(-1)).round().flatten(1)
             kept = codes[:, : values.shape[1]].to(torch.int8 if self.signed else torch.uint8)
             return {"scale": kept.contiguous(), "scale_step": step}
         dtype = DTYPES[self.kind]
@@ -114,6 +114,6 @@ def _exponent(values: Tensor) -> Tensor:
     return torch.log2(values.abs().clamp(min=2.0**-127)).round().clamp(-127, 127).int()
 
 
-def _divisor(values: Tensor) -> Tensor:
+def divisor(values: Tensor) -> Tensor:
     """Replaces zeros by infinity: what is divided by it becomes zero."""
     return torch.where(values == 0, torch.inf, values)

@@ -22,9 +22,10 @@ from torch import Tensor
 
 from poise.core.errors import UsageError
 from poise.core.format import Format, Params
+from poise.formats._block import relative_importance
 from poise.formats._e8_search import nearest_e8, sums_e8
 from poise.formats._groups import Group, Groups
-from poise.formats._lattice import EVEN, positive, sign_table
+from poise.formats._lattice import EVEN, sign_table
 from poise.formats._lattice_search import Floats, Points
 from poise.formats._scales import DTYPES, Scales
 
@@ -80,7 +81,7 @@ class E8(Format):
     def fit(self, weight: Tensor, importance: Tensor | None = None) -> Params:
         rows, columns = weight.shape
         n = self.groups.of(columns)
-        given = positive(importance, columns, n)
+        given = relative_importance(importance, columns, n).numpy()
         if not weight.numel():
             return self.scales.store(torch.zeros(rows, columns // n))
         x = weight.contiguous()
@@ -104,7 +105,7 @@ class E8(Format):
     ) -> Tensor:
         self.refuse_noise(noise)
         scale = self.scales.load(params).contiguous().numpy()
-        given = positive(importance, weight.shape[1], self.width)
+        given = relative_importance(importance, weight.shape[1], self.width).numpy()
         return torch.from_numpy(nearest_e8(weight.contiguous().numpy(), given, scale, *_table()))
 
     def decode(self, codes: Tensor, params: Params) -> Tensor:

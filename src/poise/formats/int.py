@@ -24,7 +24,7 @@ from poise.core.bits import pack_bits, unpack_bits, words
 from poise.core.errors import UsageError
 from poise.core.format import Format, Params
 from poise.formats._groups import Group, Groups
-from poise.formats._scales import DTYPES, KINDS, Scales
+from poise.formats._scales import DTYPES, KINDS, Scales, divisor
 from poise.formats._search import (
     Floats,
     Levels,
@@ -135,7 +135,7 @@ class Int(Format):
 
     def _with_zero(self, scale: Tensor, low: Tensor) -> Params:
         stored = self.scales.store(scale)
-        zero = (-low / _divisor(self.scales.load(stored))).round().clamp(0, self.highest)
+        zero = (-low / divisor(self.scales.load(stored))).round().clamp(0, self.highest)
         return {**stored, "zero": zero.to(torch.uint8)}
 
     def _with_minimum(self, scale: Tensor, minimum: Tensor) -> Params:
@@ -189,7 +189,7 @@ class Int(Format):
         self, weight: Tensor, params: Params, importance: Tensor | None = None, noise: Tensor | None = None
     ) -> Tensor:
         columns = weight.shape[1]
-        scale = self.groups.spread(_divisor(self.scales.load(params)), columns)
+        scale = self.groups.spread(divisor(self.scales.load(params)), columns)
         if "minimum" in params:
             steps = (weight - self.groups.spread(params["minimum"].float(), columns)).div_(scale)
         else:
@@ -245,8 +245,3 @@ class Int(Format):
 def _whole_numbers(low: int, high: int) -> Levels:
     levels = np.arange(low, high + 1, dtype=np.float32)
     return make_levels(levels, levels[1:] - np.float32(0.5))
-
-
-def _divisor(values: Tensor) -> Tensor:
-    """Replaces zeros by infinity: what is divided by it becomes zero."""
-    return torch.where(values == 0, torch.inf, values)

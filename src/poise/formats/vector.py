@@ -11,7 +11,7 @@ from poise.core.bits import pack_bits, unpack_bits, words
 from poise.core.errors import UsageError
 from poise.core.format import Format, Params
 from poise.core.slabs import map_slabs
-from poise.formats._scales import DTYPES, Scales
+from poise.formats._scales import DTYPES, Scales, divisor
 from poise.formats._vector import beam_search, train
 
 SAMPLE = 1 << 15
@@ -86,7 +86,7 @@ class Vector(Format):
             chosen = torch.linspace(0, weight.shape[0] * count - 1, min(SAMPLE, weight.shape[0] * count))
             chosen = chosen.double().round().long()
             row, place = chosen // count, chosen % count
-            x = weight.reshape(weight.shape[0], count, self.dim)[row, place] / _divisor(scale)[row]
+            x = weight.reshape(weight.shape[0], count, self.dim)[row, place] / divisor(scale.float())[row]
             w = self._weights(importance, weight.shape[1])[place]
             found = train(x.numpy(), w.numpy(), self.stages, 1 << self.code_bits, self.beam)
             books = torch.from_numpy(found)
@@ -109,10 +109,10 @@ class Vector(Format):
         codes = torch.empty(rows, columns // self.dim, self.stages, dtype=torch.uint8)
         books = params["codebook"].float().transpose(1, 2).contiguous().numpy()
         w = self._weights(importance, columns).numpy()
-        divisor = _divisor(params["scale"])
+        scale = divisor(params["scale"].float())
 
         def search(slab: slice) -> None:
-            x = (weight[slab] / divisor[slab]).reshape(-1, self.dim)
+            x = (weight[slab] / scale[slab]).reshape(-1, self.dim)
             found = beam_search(x.numpy(), w, books, np.int64(self.beam if self.stages > 1 else 1))
             codes[slab] = torch.from_numpy(found).view(-1, columns // self.dim, self.stages)
 
@@ -149,8 +149,3 @@ def _root_mean_square(weight: Tensor) -> Tensor:
         return weight.new_zeros(weight.shape[0], 1)
     largest = weight.abs().amax(1, keepdim=True)
     return largest * (weight / torch.where(largest == 0, 1, largest)).square().mean(1, keepdim=True).sqrt()
-
-
-def _divisor(scale: Tensor) -> Tensor:
-    """Scales as float32; infinity for zero, so that what is divided by it becomes zero."""
-    return torch.where(scale == 0, torch.inf, scale.float())

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from poise.core.errors import FormatError
 from poise.core.format import Format, QTensor
-from poise.core.registry import build, get, name_of, spec_of
+from poise.core.registry import build, name_of, spec_of
 
 GROUP = 32
 FLOATS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -97,7 +97,7 @@ def unpack(rows: Tensor, block: str, columns: int) -> Tensor:
 
 def known(block: str) -> bool:
     """Whether ``unpack`` decodes these blocks."""
-    return block.lower() in STOCK and get("format", block.lower()) is not None
+    return block.lower() in STOCK
 
 
 def _pack_fp4(codes: Tensor, scale: Tensor, columns: int) -> Rows:
