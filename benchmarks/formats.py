@@ -28,7 +28,7 @@ from poise.core.format import Format
 from poise.core.registry import build, names
 from poise.core.run import versions
 from poise.core.slabs import WEIGHTS, one_thread_each
-from poise.core.solver import Stats
+from poise.core.stats import Stats
 from poise.layouts.gguf_blocks import STOCK, pack
 from poise.pipeline import examine
 from poise.planning.grid import specs
@@ -271,11 +271,11 @@ def peaks() -> dict[str, float]:
         for spec in specs():
             format = build("format", spec).resolve("float16")
             rows = 16 if spec.startswith("trellis") else WEIGHTS // COLUMNS * 4
-            solver.solve_slab(gaussian(16), format, None, None)  # compiles
+            solver.solve_slab(gaussian(16), format, None, None, None)  # compiles
             slab = gaussian(rows)
             Path("/proc/self/clear_refs").write_text("5")
             before = resident("VmHWM")
-            kept = solver.solve_slab(slab, format, None, None)
+            kept = solver.solve_slab(slab, format, None, None, None)
             found[spec] = (resident("VmHWM") - before) / (4 * slab.numel())
             del kept
     return found

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from poise.core.registry import build
-from poise.core.solver import Stats
+from poise.core.stats import Stats
 
 GRIDS = [
     "int(bits=4, group=32)",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from poise.core.errors import PoiseError
-from poise.core.solver import Stats
+from poise.core.stats import Stats
 
 
 class SecondMoments:

@@ -43,3 +43,7 @@ class MissingExtra(PoiseError):
         super().__init__(
             f"this needs the package {package!r}, which is not installed: pip install 'poise[{extra}]'"
         )
+
+
+class PoiseWarning(UserWarning):
+    """Something was mended or is doubtful, and the result may show it; kept in the record of the run."""

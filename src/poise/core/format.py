@@ -1,9 +1,10 @@
 """The contract of a number format, and the quantized weight it defines."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from poise.core.errors import UsageError
@@ -43,6 +44,26 @@ class Format(ABC):
     def shared(self) -> frozenset[str]:
         """Names of parameters that all rows share: scales of a tensor, codebooks."""
         return frozenset()
+
+    @property
+    def alphabet(self) -> Tensor | None:
+        """Every code of a scalar format, [levels], in the dtype of the codes; None if a code has no value of its own.
+
+        With it come the compiled error feedback and coordinate descent; without it solvers go through ``round``.
+        """
+        return None
+
+    @property
+    def linear(self) -> tuple[str, ...]:
+        """Names of real parameters, [rows, entries], in which ``decode`` is linear for given codes.
+
+        They are refitted in closed form and tuned by gradients. Parameters that rows share are not among them.
+        """
+        return ()
+
+    def span_of(self, key: str, columns: int) -> int:
+        """Columns that an entry of a linear parameter stands for; the last entry may stand for fewer."""
+        return self.group_of(columns)
 
     @abstractmethod
     def group_of(self, columns: int) -> int:
@@ -115,6 +136,30 @@ class Format(ABC):
     def unpack(self, stored: Mapping[str, Tensor], columns: int) -> tuple[Tensor, Params]:
         """Inverse of ``pack``: codes and parameters."""
 
+    def ladder(self, params: Params, rows: int, columns: int) -> Tensor:
+        """Values of the alphabet in every group of a matrix, float32 [rows, groups, levels]."""
+        alphabet = self.alphabet
+        assert alphabet is not None  # asked of scalar formats alone
+        n = self.group_of(columns)
+        values = []
+        for start in range(0, columns, n):
+            run = slice(start, min(start + n, columns))
+            width, part = run.stop - run.start, self.at(params, run)
+            steps = [
+                self.decode(_padded(alphabet[k : k + width], width).expand(rows, width).contiguous(), part)
+                for k in range(0, len(alphabet), width)
+            ]
+            values.append(torch.cat(steps, dim=1)[:, : len(alphabet)])
+        return torch.stack(values, dim=1)
+
+    def basis(self, codes: Tensor, params: Params) -> dict[str, Tensor]:
+        """What an entry of each linear parameter multiplies, [rows, columns]: decoded weights are their sum."""
+        flat = {key: torch.zeros_like(params[key]) for key in self.linear}
+        return {
+            key: self.decode(codes, {**params, **flat, key: torch.ones_like(params[key])})
+            for key in self.linear
+        }
+
     def resolve(self, scale_dtype: str) -> "Format":
         """The format with every ``auto`` field settled for a container that stores such scales."""
         return self
@@ -135,6 +180,11 @@ class Format(ABC):
     def columns_of(self, codes: Tensor, params: Params) -> int:
         """Columns of the weight that these codes stand for."""
         return codes.shape[1] * self.width
+
+
+def _padded(codes: Tensor, width: int) -> Tensor:
+    """Codes repeated to this many."""
+    return codes.repeat(-(-width // len(codes)))[:width]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +215,16 @@ class QTensor:
         shared = self.format.shared
         params = {key: value if key in shared else value[rows] for key, value in self.params.items()}
         return QTensor(codes=self.codes[rows], params=params, format=self.format)
+
+    @classmethod
+    def stack(cls, parts: Sequence["QTensor"]) -> "QTensor":
+        """Runs of rows, one above the other; all have the same format and shared parameters."""
+        first, shared = parts[0], parts[0].format.shared
+        params = {
+            key: value if key in shared else torch.cat([part.params[key] for part in parts])
+            for key, value in first.params.items()
+        }
+        return cls(codes=torch.cat([part.codes for part in parts]), params=params, format=first.format)
 
     @property
     def bits_per_weight(self) -> float:

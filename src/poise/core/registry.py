@@ -125,7 +125,14 @@ def parse_spec(spec: str) -> tuple[str, dict[str, Any]]:
 
 
 def build(kind: str, spec: str) -> Any:
-    """The instance that a spec stands for; every bad argument is a ``UsageError``."""
+    """The instance that a spec stands for; every bad argument is a ``UsageError``.
+
+    Solvers joined by ``->`` are a ``Chain``.
+    """
+    if kind == "solver" and "->" in spec:
+        from poise.core.solver import Chain
+
+        return Chain(steps=tuple(build(kind, step) for step in spec.split("->")))
     name, arguments = parse_spec(spec)
     if kind == "format":
         name, arguments = _with_bits(name, arguments)
@@ -147,6 +154,8 @@ def _with_bits(name: str, arguments: dict[str, Any]) -> tuple[str, dict[str, Any
 
 def spec_of(thing: Any) -> str:
     """The shortest spec that builds an equal instance: only fields that differ from their default."""
+    if steps := getattr(thing, "steps", None):
+        return " -> ".join(spec_of(step) for step in steps)
     given = [
         f"{field.name}={getattr(thing, field.name)!r}"
         for field in (dataclasses.fields(thing) if dataclasses.is_dataclass(thing) else ())

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from threading import Lock
 from typing import Any, ClassVar
 
@@ -12,27 +13,7 @@ from torch import Tensor
 from poise.core.errors import FormatError, UsageError
 from poise.core.format import Format, Params, QTensor
 from poise.core.slabs import map_slabs
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stats:
-    """Statistics of the activation that a group of linears reads.
-
-    Attributes:
-        second_moment: mean of the squared input, [columns], float32.
-        n_tokens: tokens behind it.
-        data_hash: hash of the token ids, so that evaluation text can be told apart.
-    """
-
-    second_moment: Tensor
-    n_tokens: int
-    data_hash: str
-
-    def __post_init__(self) -> None:
-        if self.second_moment.dim() != 1:
-            raise ValueError(f"second_moment must be [columns], got {list(self.second_moment.shape)}")
-        if not bool(torch.isfinite(self.second_moment).all()) or bool((self.second_moment < 0).any()):
-            raise ValueError("second_moment must be finite and not negative")
+from poise.core.stats import Stats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +26,8 @@ class Solver(ABC):
         seed: of the chance; the draw for a weight depends on its place in the matrix alone.
     """
 
-    uses_stats: ClassVar[bool] = False
-    """Whether statistics of the layer's inputs change the result."""
+    needs: ClassVar[frozenset[str]] = frozenset()
+    """Names of the ``Stats`` that change the result."""
 
     rounding: str = "nearest"
     seed: int = 0
@@ -55,21 +36,39 @@ class Solver(ABC):
         if self.rounding not in ("nearest", "stochastic"):
             raise UsageError(f'rounding is "nearest" or "stochastic", got {self.rounding!r}')
 
+    @property
+    def wants(self) -> frozenset[str]:
+        """Names of the ``Stats`` that this very solver uses: ``needs``, unless its fields say otherwise."""
+        return self.needs
+
+    def prepare(self, weight: Tensor, format: Format, stats: Stats | None) -> Any:
+        """What all slabs of a matrix share; the importance of columns, [columns] or None, unless overridden."""
+        return None if stats is None else stats.second_moment.float()
+
     @abstractmethod
     def solve_slab(
-        self, weight: Tensor, format: Format, importance: Tensor | None, noise: Tensor | None
+        self, weight: Tensor, format: Format, shared: Any, start: QTensor | None, noise: Tensor | None
     ) -> tuple[Tensor, Params]:
         """Codes and parameters of a slab of rows, float32, finite.
 
         Args:
-            importance: [columns], what a squared error in each column weighs; None for equal.
+            shared: what ``prepare`` made.
+            start: codes to begin from; a solver that begins afresh ignores them.
             noise: for ``Format.round``; None unless rounding is stochastic.
         """
 
     def solve(
-        self, weight: Tensor, format: Format, stats: Stats | None = None, name: str = "the weight"
+        self,
+        weight: Tensor,
+        format: Format,
+        stats: Stats | None = None,
+        name: str = "the weight",
+        start: QTensor | None = None,
     ) -> QTensor:
         """Quantizes a [rows, columns] weight of any floating dtype, slab by slab.
+
+        Args:
+            start: codes and parameters of the same format, from a solver before.
 
         Raises:
             FormatError: the weight is not a matrix, holds NaN or infinity, or does not fit the format;
@@ -79,26 +78,71 @@ class Solver(ABC):
             raise FormatError(f"{name}: expected a floating matrix, got {weight.dtype} {list(weight.shape)}")
         if (reason := format.misfit(*weight.shape)) is not None:
             raise FormatError(f"{name}: {reason}")
-        importance = None if stats is None else stats.second_moment.float()
-        if importance is not None and importance.shape[0] != weight.shape[1]:
+        if stats is not None and stats.second_moment.shape[0] != weight.shape[1]:
             raise FormatError(
-                f"{name}: {weight.shape[1]} columns, but statistics of {importance.shape[0]} inputs"
+                f"{name}: {weight.shape[1]} columns, but statistics of {stats.second_moment.shape[0]} inputs"
             )
+        runs = 1 if stats is None or not format.tile_rows else stats.runs
+        try:
+            if runs == 1:
+                return self._solve_run(weight, format, stats and stats.of_run(0), start)
+            edges = [len(weight) * run // runs for run in range(runs + 1)]
+            parts = [
+                self._solve_run(
+                    weight[first:last], format, stats and stats.of_run(run), start and start[first:last]
+                )
+                for run, (first, last) in enumerate(pairwise(edges))
+            ]
+        except FormatError as error:
+            raise FormatError(f"{name}: {error}") from error
+        return QTensor.stack(parts)
+
+    def _solve_run(
+        self, weight: Tensor, format: Format, stats: Stats | None, start: QTensor | None
+    ) -> QTensor:
+        """Rows that have one Hessian."""
+        shared = self.prepare(weight, format, stats)
 
         def solve(rows: slice) -> QTensor:
             slab = weight[rows].float()
             if not bool(torch.isfinite(slab.sum())) and not bool(torch.isfinite(slab).all()):
                 raise FormatError("holds NaN or infinite weights; the checkpoint is damaged")
             noise = uniform_noise(self.seed, rows, weight) if self.rounding == "stochastic" else None
-            codes, params = self.solve_slab(slab, format, importance, noise)
+            codes, params = self.solve_slab(slab, format, shared, start and start[rows], noise)
             return QTensor(codes=codes, params=params, format=format)
 
-        try:
-            if format.tile_rows:
-                return _by_slabs(solve, weight.shape[0], weight.shape[1], format.tile_rows)
-            return solve(slice(None))
-        except FormatError as error:
-            raise FormatError(f"{name}: {error}") from error
+        if format.tile_rows:
+            return _by_slabs(solve, weight.shape[0], weight.shape[1], format.tile_rows)
+        return solve(slice(None))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chain(Solver):
+    """Solvers one after the other, each beginning from the codes of the one before: ``gptaq -> refine``."""
+
+    steps: tuple[Solver, ...]
+
+    @property
+    def wants(self) -> frozenset[str]:
+        return frozenset().union(*(step.wants for step in self.steps))
+
+    def solve_slab(
+        self, weight: Tensor, format: Format, shared: Any, start: QTensor | None, noise: Tensor | None
+    ) -> tuple[Tensor, Params]:
+        raise NotImplementedError("a chain solves whole matrices")
+
+    def solve(
+        self,
+        weight: Tensor,
+        format: Format,
+        stats: Stats | None = None,
+        name: str = "the weight",
+        start: QTensor | None = None,
+    ) -> QTensor:
+        for step in self.steps:
+            start = step.solve(weight, format, stats, name, start)
+        assert start is not None  # a chain has steps
+        return start
 
 
 def uniform_noise(seed: int, rows: slice, weight: Tensor) -> Tensor:

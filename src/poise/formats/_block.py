@@ -37,6 +37,9 @@ class Block(Format):
     def group_of(self, columns: int) -> int:
         return self.group
 
+    def span_of(self, key: str, columns: int) -> int:
+        return self.per[key]
+
     def cover(self, weight: Tensor) -> Params:
         return self.fit(weight)
 

@@ -16,7 +16,7 @@ from poise.core.errors import UsageError
 from poise.core.format import Format, Params
 from poise.formats._chance import by_chance
 from poise.formats._groups import Group, Groups
-from poise.formats._scales import KINDS, Scales
+from poise.formats._scales import DTYPES, KINDS, Scales
 from poise.formats._search import (
     Codes,
     Floats,
@@ -77,6 +77,14 @@ class Grid(Format):
     @property
     def shared(self) -> frozenset[str]:
         return frozenset({"scale", "scale_step"} if self.groups.whole else ())
+
+    @property
+    def alphabet(self) -> Tensor:
+        return torch.arange(len(self.values()), dtype=torch.uint8)[self.values().isfinite()]
+
+    @property
+    def linear(self) -> tuple[str, ...]:
+        return ("scale",) if self.groups.rows == 1 and self.scales.kind in DTYPES else ()
 
     def group_of(self, columns: int) -> int:
         return self.groups.of(columns)

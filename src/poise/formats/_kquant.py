@@ -19,7 +19,7 @@ from torch import Tensor
 from poise.core.format import Params
 from poise.formats._block import Block, spread, to_half
 from poise.formats._chance import by_chance
-from poise.formats._compiled import fast, inlined
+from poise.core.compiled import fast, inlined
 from poise.formats._scaled_block import FULL, STEP, make_grid, round_steps, weights_of
 from poise.formats._search import (
     ONE,
@@ -76,6 +76,14 @@ class AffineSuperBlock(SuperBlock):
     top: ClassVar[int]
     most: ClassVar[int]
     whole = torch.uint8
+
+    @property
+    def alphabet(self) -> Tensor:
+        return torch.arange(self.top + 1, dtype=torch.uint8)
+
+    @property
+    def linear(self) -> tuple[str, ...]:
+        return ("d", "dmin")
 
     def cover(self, weight: Tensor) -> Params:
         low, high = self.extremes(weight)
@@ -144,6 +152,14 @@ class SymmetricSuperBlock(SuperBlock):
     low: ClassVar[int]
     high: ClassVar[int]
     whole = torch.int8
+
+    @property
+    def alphabet(self) -> Tensor:
+        return torch.arange(len(self.levels), dtype=torch.uint8)
+
+    @property
+    def linear(self) -> tuple[str, ...]:
+        return ("d",)
 
     def cover(self, weight: Tensor) -> Params:
         low, high = self.extremes(weight)

@@ -73,6 +73,10 @@ class Lattice(Block):
             self.top,
         )
 
+    @property
+    def linear(self) -> tuple[str, ...]:
+        return ("d",)
+
     def fit(self, weight: Tensor, importance: Tensor | None = None) -> Params:
         ratios = np.geomspace(*self.reach, self.tries, dtype=np.float32)
         given = relative_importance(importance, weight.shape[1], BLOCK).numpy()

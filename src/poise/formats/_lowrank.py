@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from poise.core.slabs import map_slabs
-from poise.formats._compiled import fast
+from poise.core.compiled import fast
 from poise.formats._scales import divisor
 
 ADMM = 60

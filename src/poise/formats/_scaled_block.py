@@ -57,6 +57,14 @@ class ScaledBlock(Block):
     def grid(self) -> Levels:
         return make_grid(self.levels)
 
+    @property
+    def alphabet(self) -> Tensor:
+        return torch.arange(len(self.levels), dtype=torch.uint8)
+
+    @property
+    def linear(self) -> tuple[str, ...]:
+        return ("scale",)
+
     def cover(self, weight: Tensor) -> Params:
         low, high = (torch.from_numpy(part) for part in extremes(weight.contiguous().numpy(), self.columns))
         first, last = self.levels[0], self.levels[-1]
@@ -122,6 +130,14 @@ class RangeBlock(Block):
     @abstractmethod
     def top(self) -> int:
         """The largest code."""
+
+    @property
+    def alphabet(self) -> Tensor:
+        return torch.arange(self.top + 1, dtype=torch.uint8)
+
+    @property
+    def linear(self) -> tuple[str, ...]:
+        return ("scale", "minimum")
 
     def cover(self, weight: Tensor) -> Params:
         low, high = (torch.from_numpy(part) for part in extremes(weight.contiguous().numpy(), self.columns))

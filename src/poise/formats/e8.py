@@ -72,6 +72,10 @@ class E8(Format):
     def resolve(self, scale_dtype: str) -> "E8":
         return replace(self, scale=scale_dtype) if self.scale == "auto" else self
 
+    @property
+    def linear(self) -> tuple[str, ...]:
+        return ("scale",) if self.scales.kind in DTYPES else ()
+
     def group_of(self, columns: int) -> int:
         return self.groups.of(columns)
 

@@ -112,6 +112,17 @@ class Int(Format):
     def highest(self) -> int:
         return (1 << self.bits - self.symmetric) - 1
 
+    @property
+    def alphabet(self) -> Tensor:
+        dtype = torch.int8 if self.symmetric else torch.uint8
+        return torch.arange(self.lowest, self.highest + 1).to(dtype)
+
+    @property
+    def linear(self) -> tuple[str, ...]:
+        if self.groups.rows != 1 or self.scales.kind not in DTYPES:
+            return ()
+        return ("scale", "minimum") if self.zero == "minimum" and not self.symmetric else ("scale",)
+
     def group_of(self, columns: int) -> int:
         return self.groups.of(columns)
 

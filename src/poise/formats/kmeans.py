@@ -42,6 +42,10 @@ class Kmeans(Format):
         if self.scale not in DTYPES:
             raise UsageError(f"scale is {', '.join(DTYPES)}, got {self.scale!r}")
 
+    @property
+    def alphabet(self) -> Tensor:
+        return torch.arange(1 << self.bits, dtype=torch.uint8)
+
     def group_of(self, columns: int) -> int:
         return max(1, columns if self.group == "channel" else min(int(self.group), columns))
 

@@ -103,6 +103,10 @@ class Nvfp4(Grid):
         params = {"scale": codes.to(torch.uint8)}
         return {**params, "tensor_scale": unit} if self.tensor_scale else params
 
+    @property
+    def linear(self) -> tuple[str, ...]:
+        return ()
+
     def at(self, params: Params, columns: slice) -> Params:
         return {**params, "scale": self.groups.at(params["scale"], columns)}
 

@@ -24,7 +24,7 @@ from poise.core.plan import Plan, PlanRow, Recipe
 from poise.core.registry import build, get, name_of, names, parse_spec
 from poise.core.run import Run, commit, peak_memory, versions
 from poise.core.slabs import WEIGHTS, map_slabs, one_thread_each
-from poise.core.solver import Stats
+from poise.core.stats import Stats
 from poise.pipeline.workspace import Workspace, explain_full_disk
 from poise.planning.planner import check_plan, make_plan
 from poise.planning.recipe import load_recipe
@@ -289,7 +289,7 @@ def _refuse_damaged(checkpoint: Checkpoint) -> None:
 
 
 def _wants_stats(plan: Plan) -> bool:
-    return any(build("solver", str(row.solver)).uses_stats for row in plan.quantized)
+    return any(build("solver", str(row.solver)).wants for row in plan.quantized)
 
 
 def _solve(

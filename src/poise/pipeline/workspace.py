@@ -21,7 +21,7 @@ from poise.core.errors import PoiseError, UsageError
 from poise.core.format import QTensor
 from poise.core.plan import PlanRow
 from poise.core.registry import build
-from poise.core.solver import Stats
+from poise.core.stats import Stats
 
 
 class Workspace:

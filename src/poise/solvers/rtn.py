@@ -1,10 +1,11 @@
 """Round to nearest on the full range of each group: the baseline, and the fastest."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
-from poise.core.format import Format, Params
+from poise.core.format import Format, Params, QTensor
 from poise.core.solver import Solver
 
 
@@ -16,7 +17,7 @@ class Rtn(Solver):
     """
 
     def solve_slab(
-        self, weight: Tensor, format: Format, importance: Tensor | None, noise: Tensor | None
+        self, weight: Tensor, format: Format, shared: Any, start: QTensor | None, noise: Tensor | None
     ) -> tuple[Tensor, Params]:
         params = format.cover(weight)
         return format.round(weight, params, noise=noise), params

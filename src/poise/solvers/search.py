@@ -6,11 +6,11 @@ mean squared input of each column as the weight of an error there.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from poise.core.format import Format, Params
+from poise.core.format import Format, Params, QTensor
 from poise.core.solver import Solver
 
 
@@ -18,10 +18,10 @@ from poise.core.solver import Solver
 class Search(Solver):
     """Minimises sum_j importance_j (w_j - w'_j)^2 over the columns j of each group."""
 
-    uses_stats: ClassVar[bool] = True
+    needs: ClassVar[frozenset[str]] = frozenset({"second_moment"})
 
     def solve_slab(
-        self, weight: Tensor, format: Format, importance: Tensor | None, noise: Tensor | None
+        self, weight: Tensor, format: Format, shared: Any, start: QTensor | None, noise: Tensor | None
     ) -> tuple[Tensor, Params]:
-        params = format.fit(weight, importance)
-        return format.round(weight, params, importance, noise), params
+        params = format.fit(weight, shared)
+        return format.round(weight, params, shared, noise), params

@@ -1,0 +1,60 @@
+"""What is known of the activation that a group of linears reads."""
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stats:
+    """Statistics of a layer's inputs x; means over tokens, float32.
+
+    Attributes:
+        second_moment: E[x_j^2], [columns].
+        n_tokens: tokens behind it.
+        data_hash: hash of the token ids, so that evaluation text can be told apart.
+        hessian: E[x x^T], [columns, columns], of the inputs that the quantized layer will read; or [k, columns,
+            columns], one for each of k equal runs of rows, when every token is weighed by what the run's outputs
+            matter.
+        cross: E[x' x^T], [columns, columns], x' the inputs in the original model where x comes from layers that are
+            quantized already.
+        output: E[g g^T], [rows, rows], g the gradient of the loss by the layer's outputs.
+    """
+
+    second_moment: Tensor
+    n_tokens: int
+    data_hash: str
+    hessian: Tensor | None = None
+    cross: Tensor | None = None
+    output: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.second_moment.dim() != 1:
+            raise ValueError(f"second_moment must be [columns], got {list(self.second_moment.shape)}")
+        if not bool(torch.isfinite(self.second_moment).all()) or bool((self.second_moment < 0).any()):
+            raise ValueError("second_moment must be finite and not negative")
+        n = len(self.second_moment)
+        for name in ("hessian", "cross"):
+            value = getattr(self, name)
+            if value is not None and tuple(value.shape[-2:]) != (n, n):
+                raise ValueError(f"{name} must be [{n}, {n}], got {list(value.shape)}")
+
+    @property
+    def known(self) -> frozenset[str]:
+        """Names of the statistics that are there."""
+        matrices = {
+            item.name for item in fields(self) if isinstance(getattr(self, item.name, None), Tensor)
+        }
+        return frozenset(matrices)
+
+    def of_run(self, run: int) -> "Stats":
+        """With the Hessian of one run of rows alone."""
+        if self.hessian is None or self.hessian.dim() == 2:
+            return self
+        return replace(self, hessian=self.hessian[run])
+
+    @property
+    def runs(self) -> int:
+        """Runs of rows that have a Hessian of their own."""
+        return 1 if self.hessian is None or self.hessian.dim() == 2 else len(self.hessian)
