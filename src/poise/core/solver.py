@@ -41,6 +41,10 @@ class Solver(ABC):
         """Names of the ``Stats`` that this very solver uses: ``needs``, unless its fields say otherwise."""
         return self.needs
 
+    def target(self, weight: Tensor, stats: Stats | None) -> Tensor:
+        """The real weight that codes should come near to, [rows, columns]."""
+        return weight
+
     def prepare(self, weight: Tensor, format: Format, stats: Stats | None) -> Any:
         """What all slabs of a matrix share; the importance of columns, [columns] or None, unless overridden."""
         return None if stats is None else stats.second_moment.float()
@@ -85,11 +89,11 @@ class Solver(ABC):
         runs = 1 if stats is None or not format.tile_rows else stats.runs
         try:
             if runs == 1:
-                return self._solve_run(weight, format, stats and stats.of_run(0), start)
+                return self._solve_run(weight, format, None if stats is None else stats.of_run(0), start)
             edges = [len(weight) * run // runs for run in range(runs + 1)]
             parts = [
                 self._solve_run(
-                    weight[first:last], format, stats and stats.of_run(run), start and start[first:last]
+                    weight[first:last], format, None if stats is None else stats.of_run(run), None if start is None else start[first:last]
                 )
                 for run, (first, last) in enumerate(pairwise(edges))
             ]
@@ -101,6 +105,12 @@ class Solver(ABC):
         self, weight: Tensor, format: Format, stats: Stats | None, start: QTensor | None
     ) -> QTensor:
         """Rows that have one Hessian."""
+        return self._attain(self.target(weight, stats), format, stats, start)
+
+    def _attain(
+        self, weight: Tensor, format: Format, stats: Stats | None, start: QTensor | None
+    ) -> QTensor:
+        """Codes for a target."""
         shared = self.prepare(weight, format, stats)
 
         def solve(rows: slice) -> QTensor:
@@ -108,7 +118,7 @@ class Solver(ABC):
             if not bool(torch.isfinite(slab.sum())) and not bool(torch.isfinite(slab).all()):
                 raise FormatError("holds NaN or infinite weights; the checkpoint is damaged")
             noise = uniform_noise(self.seed, rows, weight) if self.rounding == "stochastic" else None
-            codes, params = self.solve_slab(slab, format, shared, start and start[rows], noise)
+            codes, params = self.solve_slab(slab, format, shared, None if start is None else start[rows], noise)
             return QTensor(codes=codes, params=params, format=format)
 
         if format.tile_rows:
@@ -118,7 +128,8 @@ class Solver(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class Chain(Solver):
-    """Solvers one after the other, each beginning from the codes of the one before: ``gptaq -> refine``."""
+    """Solvers one after the other, ``gptaq -> refine``: each begins from the codes of the one before, and aims where
+    that one aimed."""
 
     steps: tuple[Solver, ...]
 
@@ -131,16 +142,12 @@ class Chain(Solver):
     ) -> tuple[Tensor, Params]:
         raise NotImplementedError("a chain solves whole matrices")
 
-    def solve(
-        self,
-        weight: Tensor,
-        format: Format,
-        stats: Stats | None = None,
-        name: str = "the weight",
-        start: QTensor | None = None,
+    def _solve_run(
+        self, weight: Tensor, format: Format, stats: Stats | None, start: QTensor | None
     ) -> QTensor:
         for step in self.steps:
-            start = step.solve(weight, format, stats, name, start)
+            weight = step.target(weight, stats)
+            start = step._attain(weight, format, stats, start)
         assert start is not None  # a chain has steps
         return start
 

@@ -49,10 +49,11 @@ class Stats:
         return frozenset(matrices)
 
     def of_run(self, run: int) -> "Stats":
-        """With the Hessian of one run of rows alone."""
+        """With the matrices of one run of rows alone."""
         if self.hessian is None or self.hessian.dim() == 2:
             return self
-        return replace(self, hessian=self.hessian[run])
+        cross = self.cross if self.cross is None or self.cross.dim() == 2 else self.cross[run]
+        return replace(self, hessian=self.hessian[run], cross=cross)
 
     @property
     def runs(self) -> int:

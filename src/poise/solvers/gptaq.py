@@ -1,0 +1,36 @@
+"""Error feedback that also makes up for the layers before: their quantized outputs are this layer's inputs."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from poise.core.stats import Stats
+from poise.solvers._hessian import damped
+from poise.solvers.gptq import Gptq
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gptaq(Gptq):
+    """Minimises E |W x' - W' x|^2, x the inputs from the quantized prefix and x' those of the original model.
+
+    The unrounded optimum is W C H^-1 with H = E[x x^T] and C = E[x' x^T]; error feedback under H follows, from a target
+    that goes ``share`` of the way there: W (I + share (C - H) H^-1). (Li et al. 2025, GPTAQ, arXiv 2504.02692, make the
+    same correction within the sweep; QEP, Arai and Ichikawa 2025, arXiv 2504.09629, has the share.)
+
+    Attributes:
+        share: of the correction. All of it fits the calibration text too well: what the prefix has lost is partly noise.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"second_moment", "hessian", "cross"})
+
+    share: float = 0.5
+
+    def target(self, weight: Tensor, stats: Stats | None) -> Tensor:
+        if stats is None or stats.hessian is None or stats.cross is None:
+            return weight
+        h = damped(stats.hessian, self.damp)
+        drift = stats.cross.double() - stats.hessian.double()
+        correction = torch.linalg.solve(h, drift.T).T  # (C - H) H^-1, H symmetric
+        return weight.float() + self.share * (weight.float() @ correction.float())
