@@ -61,9 +61,7 @@ class Gptq(Solver):
         moment = stats.second_moment.float()
         if stats.hessian is None or format.width == 0:
             return moment, None
-        return moment, factorize(
-            stats.hessian, damp=self.damp, width=format.width, act_order=self.act_order
-        )
+        return moment, factorize(stats.hessian, damp=self.damp, width=format.width, act_order=self.act_order)
 
     def solve_slab(
         self, weight: Tensor, format: Format, shared: Any, start: QTensor | None, noise: Tensor | None
@@ -119,6 +117,10 @@ def feed_back(weight: Tensor, format: Format, params: Params, factor: Factor, no
         codes = format.round(work[:, unit].contiguous(), part, metric, chance)
         pieces[column] = codes
         error = work[:, unit] - format.decode(codes, part)
-        scaled = error / corner if width == 1 else torch.linalg.solve_triangular(corner, error, upper=True, left=False)
+        scaled = (
+            error / corner
+            if width == 1
+            else torch.linalg.solve_triangular(corner, error, upper=True, left=False)
+        )
         work[:, unit.stop :] -= scaled @ factor.upper[unit, unit.stop :]
     return torch.cat([pieces[column] for column in sorted(pieces)], dim=1)

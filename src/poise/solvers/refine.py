@@ -41,7 +41,9 @@ class Refine(Solver):
     def prepare(self, weight: Tensor, format: Format, stats: Stats | None) -> Any:
         if stats is None:
             return None, None
-        hessian = None if stats.hessian is None or format.width == 0 else damped(stats.hessian, self.damp).float()
+        hessian = (
+            None if stats.hessian is None or format.width == 0 else damped(stats.hessian, self.damp).float()
+        )
         return stats.second_moment.float(), hessian
 
     def solve_slab(
@@ -50,7 +52,9 @@ class Refine(Solver):
         importance, hessian = shared
         if start is None:
             params = format.fit(weight, importance)
-            start = QTensor(codes=format.round(weight, params, importance, noise), params=params, format=format)
+            start = QTensor(
+                codes=format.round(weight, params, importance, noise), params=params, format=format
+            )
         codes, params = start.codes, start.params
         if hessian is None or not weight.numel():
             return codes, params
@@ -129,7 +133,9 @@ def refit(
             direction = part[:, place]
             stiff = ((direction @ hessian[place, place]) * direction).sum(1)
             old = new[key][:, entry]
-            step = torch.where(stiff > 0, (direction * gradient[:, place]).sum(1) / stiff.clamp(min=1e-30), 0.0)
+            step = torch.where(
+                stiff > 0, (direction * gradient[:, place]).sum(1) / stiff.clamp(min=1e-30), 0.0
+            )
             stored = (old.float() + step).to(old.dtype)
             delta = stored.float() - old.float()
             slope = (direction * gradient[:, place]).sum(1)
