@@ -1,7 +1,7 @@
 """What the tests of formats measure."""
 
 from poise.core.registry import build
-from poise.core.solver import Stats
+from poise.core.stats import Stats
 
 
 def solve(weight, spec, importance=None, **settings):

@@ -12,7 +12,7 @@ import torch
 from poise.core.errors import FormatError
 from poise.core.format import QTensor
 from poise.core.registry import build
-from poise.core.solver import Stats
+from poise.core.stats import Stats
 from poise.layouts.gguf_blocks import STOCK
 from poise.layouts.gguf_header import type_number, type_size
 

@@ -9,7 +9,7 @@ import torch
 from poise.core.errors import FormatError, UsageError
 from poise.core.format import QTensor
 from poise.core.registry import build, name_of, names
-from poise.core.solver import Stats
+from poise.core.stats import Stats
 from poise.planning.grid import EXAMPLES
 
 SPECS = [spec for name in names("format") for spec in EXAMPLES.get(name, (name,))]

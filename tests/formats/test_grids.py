@@ -7,7 +7,7 @@ import torch
 
 from poise.core.errors import FormatError, UsageError
 from poise.core.registry import build, spec_of
-from poise.core.solver import Stats
+from poise.core.stats import Stats
 
 ELEMENTS = {
     "fp8(group='tensor')": torch.float8_e4m3fn,

@@ -12,7 +12,7 @@ from gguf import GGMLQuantizationType
 from poise.core.errors import FormatError, UsageError
 from poise.core.format import QTensor
 from poise.core.registry import build
-from poise.core.solver import Stats
+from poise.core.stats import Stats
 from poise.tables import lattices
 
 BLOCKS = ["iq1_m", "iq1_s", "iq2_s", "iq2_xs", "iq2_xxs", "iq3_s", "iq3_xxs"]

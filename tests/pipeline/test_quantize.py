@@ -97,10 +97,13 @@ def test_killed_at_random_points_then_resumed_gives_equal_bytes(llama, tmp_path,
 
 def test_a_resumed_run_does_not_solve_again(llama, tmp_path, monkeypatch):
     from poise.core.solver import Solver
+    from poise.solvers.rtn import Rtn
 
     solved, whole = [], Solver.solve
 
     def interrupted(self, *args, name, **kwargs):
+        if isinstance(self, Rtn):  # what results are compared with
+            return whole(self, *args, name=name, **kwargs)
         if len(solved) == 5:
             raise KeyboardInterrupt
         solved.append(name)
@@ -112,9 +115,13 @@ def test_a_resumed_run_does_not_solve_again(llama, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
     first = list(solved)
     solved.clear()
-    monkeypatch.setattr(
-        Solver, "solve", lambda self, *a, name, **k: (solved.append(name), whole(self, *a, name=name, **k))[1]
-    )
+
+    def noting(self, *args, name, **kwargs):
+        if not isinstance(self, Rtn):
+            solved.append(name)
+        return whole(self, *args, name=name, **kwargs)
+
+    monkeypatch.setattr(Solver, "solve", noting)
     poise.quantize(llama, "mobile", tmp_path / "out", resume=True)
     assert not set(first) & set(solved)
 

@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 PACKAGES = ("torch", "transformers", "safetensors", "gguf", "compressed-tensors", "numpy", "xllamacpp")
 
@@ -91,6 +92,7 @@ class Run:
     wall_seconds: float = 0.0
     peak_memory: int = 0
     stages: dict[str, float] = field(default_factory=dict)
+    matrices: list[dict[str, Any]] = field(default_factory=list)
 
     def finish(self) -> None:
         self.wall_seconds = time.time() - self.started

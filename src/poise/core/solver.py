@@ -93,7 +93,10 @@ class Solver(ABC):
             edges = [len(weight) * run // runs for run in range(runs + 1)]
             parts = [
                 self._solve_run(
-                    weight[first:last], format, None if stats is None else stats.of_run(run), None if start is None else start[first:last]
+                    weight[first:last],
+                    format,
+                    None if stats is None else stats.of_run(run),
+                    None if start is None else start[first:last],
                 )
                 for run, (first, last) in enumerate(pairwise(edges))
             ]
@@ -107,9 +110,7 @@ class Solver(ABC):
         """Rows that have one Hessian."""
         return self._attain(self.target(weight, stats), format, stats, start)
 
-    def _attain(
-        self, weight: Tensor, format: Format, stats: Stats | None, start: QTensor | None
-    ) -> QTensor:
+    def _attain(self, weight: Tensor, format: Format, stats: Stats | None, start: QTensor | None) -> QTensor:
         """Codes for a target."""
         shared = self.prepare(weight, format, stats)
 
@@ -118,7 +119,9 @@ class Solver(ABC):
             if not bool(torch.isfinite(slab.sum())) and not bool(torch.isfinite(slab).all()):
                 raise FormatError("holds NaN or infinite weights; the checkpoint is damaged")
             noise = uniform_noise(self.seed, rows, weight) if self.rounding == "stochastic" else None
-            codes, params = self.solve_slab(slab, format, shared, None if start is None else start[rows], noise)
+            codes, params = self.solve_slab(
+                slab, format, shared, None if start is None else start[rows], noise
+            )
             return QTensor(codes=codes, params=params, format=format)
 
         if format.tile_rows:

@@ -43,9 +43,7 @@ class Stats:
     @property
     def known(self) -> frozenset[str]:
         """Names of the statistics that are there."""
-        matrices = {
-            item.name for item in fields(self) if isinstance(getattr(self, item.name, None), Tensor)
-        }
+        matrices = {item.name for item in fields(self) if isinstance(getattr(self, item.name, None), Tensor)}
         return frozenset(matrices)
 
     def of_run(self, run: int) -> "Stats":

@@ -11,12 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from poise.calibration.second_moment import SecondMoments
 from poise.calibration.text import Text, load_text
 from poise.checkpoints import open_checkpoint
 from poise.core.artifact import CARD, Artifact, Manifest, list_files, write_atomically, write_manifest
 from poise.core.checkpoint import Checkpoint
-from poise.core.errors import ExportError, FormatError, PoiseError, UsageError
+from poise.core.errors import ExportError, PoiseError, UsageError
 from poise.core.exporter import Exporter
 from poise.core.format import QTensor
 from poise.core.linear import Linear
@@ -24,7 +23,7 @@ from poise.core.plan import Plan, PlanRow, Recipe
 from poise.core.registry import build, get, name_of, names, parse_spec
 from poise.core.run import Run, commit, peak_memory, versions
 from poise.core.slabs import WEIGHTS, map_slabs, one_thread_each
-from poise.core.stats import Stats
+from poise.pipeline.stream import Calibration, solve_plan
 from poise.pipeline.workspace import Workspace, explain_full_disk
 from poise.planning.planner import check_plan, make_plan
 from poise.planning.recipe import load_recipe
@@ -132,8 +131,7 @@ def quantize(
         with explain_full_disk(
             job.out.parent, f"free some and --resume: finished matrices are in {workspace.path}"
         ):
-            stats = _calibrate(checkpoint, job.plan, text, workspace, progress)
-            _solve(checkpoint, job.plan, stats, workspace, progress)
+            solve_plan(checkpoint, job.plan, _calibrate(checkpoint, job.plan, text), workspace, progress)
             artifacts.append(_assemble(checkpoint, job, workspace, run, progress))
     return artifacts
 
@@ -255,59 +253,16 @@ def _finished(job: _Job, key: dict[str, str]) -> Artifact | None:
     return None
 
 
-def _calibrate(
-    checkpoint: Checkpoint, plan: Plan, text: Text, workspace: Workspace, progress: Progress
-) -> dict[str, Stats]:
-    """Statistics of every input group, if a planned solver uses them. The whole model is in memory for this."""
+def _calibrate(checkpoint: Checkpoint, plan: Plan, text: Text) -> Calibration | None:
+    """What the model reads, if a planned solver uses statistics."""
     if not _wants_stats(plan):
-        return {}
-    if (known := workspace.load_stats()) is not None:
-        return known
+        return None
     length = min(CALIBRATION_WINDOW, checkpoint.context or CALIBRATION_WINDOW)
-    windows = text.windows(checkpoint.tokenizer(), length)
-    dtype = "float32" if checkpoint.dtype == torch.float32 else "bfloat16"
-    groups = {linear.input_group for linear in checkpoint.linears()}
-    with get("engine", "torch")(dtype=dtype) as engine:
-        engine.load(checkpoint)
-        with SecondMoments(engine.model, groups) as moments:
-            for number, window in enumerate(windows, 1):
-                engine.logits(window)
-                progress("calibrate", number, len(windows))
-    try:
-        workspace.store_stats(moments.stats(text.hash))
-    except PoiseError:
-        _refuse_damaged(checkpoint)
-        raise
-    return workspace.load_stats() or {}
-
-
-def _refuse_damaged(checkpoint: Checkpoint) -> None:
-    """Names the weight that made activations infinite, if it is one."""
-    for name in checkpoint.tensors():
-        if not bool(torch.isfinite(checkpoint.read(name)).all()):
-            raise FormatError(f"{name}: holds NaN or infinite weights; the checkpoint is damaged")
+    return Calibration(windows=text.windows(checkpoint.tokenizer(), length), hash=text.hash)
 
 
 def _wants_stats(plan: Plan) -> bool:
     return any(build("solver", str(row.solver)).wants for row in plan.quantized)
-
-
-def _solve(
-    checkpoint: Checkpoint, plan: Plan, stats: dict[str, Stats], workspace: Workspace, progress: Progress
-) -> None:
-    """Codes of every planned matrix that has none yet."""
-    linears = {linear.name: linear for linear in checkpoint.linears()}
-    total = sum(row.rows * row.columns for row in plan.quantized)
-    done = 0
-    for row in plan.quantized:
-        if not workspace.has(row):
-            solver, format = build("solver", str(row.solver)), build("format", str(row.format))
-            linear = linears[row.name]
-            known = stats.get(linear.input_group)
-            # The weight is not named here, so that it is gone before its codes are packed.
-            workspace.store(row, solver.solve(checkpoint.read_matrix(linear), format, known, name=row.name))
-        done += row.rows * row.columns
-        progress(f"quantize {row.name}", done, total)
 
 
 def _assemble(
@@ -326,8 +281,10 @@ def _assemble(
     write_atomically(folder / CARD, model_card(manifest, job.plan, None))
     manifest = replace(manifest, files=list_files(folder))
     write_manifest(folder, manifest)
+    outcomes = workspace.noted()
     workspace.publish()
     run.finish()
+    run.matrices = outcomes
     write_atomically(job.out.with_name(job.out.name + ".run.json"), json.dumps(asdict(run), indent=1) + "\n")
     return Artifact(path=job.out, manifest=manifest, plan=job.plan)
 

@@ -11,17 +11,16 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from poise.core.errors import PoiseError, UsageError
 from poise.core.format import QTensor
 from poise.core.plan import PlanRow
 from poise.core.registry import build
-from poise.core.stats import Stats
 
 
 class Workspace:
@@ -79,28 +78,23 @@ class Workspace:
     def load(self, row: PlanRow) -> QTensor:
         return QTensor.unpack(load_file(self._file(row)), build("format", str(row.format)), row.columns)
 
-    def store_stats(self, stats: dict[str, Stats]) -> None:
-        """Keeps the statistics of the calibration, so that a resumed run solves with the very same."""
-        unfinished = self._stats_file.with_suffix(".new")
-        facts = {path: [item.n_tokens, item.data_hash] for path, item in stats.items()}
-        moments = {path: item.second_moment for path, item in stats.items()}
-        save_file(moments, unfinished, {"facts": json.dumps(facts)})
-        os.replace(unfinished, self._stats_file)
+    def note(self, outcome: dict[str, Any]) -> None:
+        """Keeps what solving a matrix came to."""
+        with open(self.path / "outcomes.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(outcome) + "\n")
 
-    def load_stats(self) -> dict[str, Stats] | None:
-        """What ``store_stats`` kept, or None."""
-        if not self._stats_file.exists():
-            return None
-        with safe_open(self._stats_file, "pt") as file:
-            facts = json.loads(file.metadata()["facts"])
-            return {
-                path: Stats(second_moment=file.get_tensor(path), n_tokens=n_tokens, data_hash=data_hash)
-                for path, (n_tokens, data_hash) in facts.items()
-            }
-
-    @property
-    def _stats_file(self) -> Path:
-        return self.path / "stats.safetensors"
+    def noted(self) -> list[dict[str, Any]]:
+        """What ``note`` kept, the last of each matrix."""
+        try:
+            lines = (self.path / "outcomes.jsonl").read_text(encoding="utf-8").splitlines()
+        except FileNotFoundError:
+            return []
+        found: dict[str, dict[str, Any]] = {}
+        for line in lines:
+            with suppress(ValueError):  # a run that was killed leaves half a line
+                item = json.loads(line)
+                found[item["name"]] = item
+        return list(found.values())
 
     def _file(self, row: PlanRow) -> Path:
         """One file for what determines the codes."""
