@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from poise.core.compiled import fast, inlined
 from poise.core.format import Params
 from poise.formats._block import Block, spread, to_half
 from poise.formats._chance import by_chance
-from poise.core.compiled import fast, inlined
 from poise.formats._scaled_block import FULL, STEP, make_grid, round_steps, weights_of
 from poise.formats._search import (
     ONE,

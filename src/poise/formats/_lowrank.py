@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from poise.core.slabs import map_slabs
 from poise.core.compiled import fast
+from poise.core.slabs import map_slabs
 from poise.formats._scales import divisor
 
 ADMM = 60

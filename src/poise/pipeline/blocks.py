@@ -78,7 +78,7 @@ class Blocks:
         table._parameters["weight"] = nn.Parameter(torch.cat(rows), requires_grad=False)
         table.padding_idx = None
         ids = torch.tensor([[compact[token] for token in window] for window in windows])
-        for number, part in enumerate(ids.split(batch)):
+        for number, part in enumerate(torch.split(ids, batch)):
             if number == 0:
                 self._calls = self._record(part[:1])
             yield self._first(part)
@@ -158,26 +158,12 @@ class Blocks:
             self._fill(name, self.checkpoint.read(name))
 
     def _fill(self, name: str, value: Tensor) -> None:
-        """Puts a tensor of the file where it belongs: experts may be parts of a fused parameter."""
-        place = self.skeleton.place(name)
-        path, _, leaf = place.parameter.rpartition(".")
-        module = self.model.get_submodule(path)
-        old = module._parameters[leaf]
-        if place.expert is None:
-            module._parameters[leaf] = nn.Parameter(value.float(), requires_grad=False)
-            return
-        if old.is_meta:
-            old = module._parameters[leaf] = nn.Parameter(torch.empty(old.shape), requires_grad=False)
-        target = old.data[place.expert]
-        half = len(target) // 2
-        part = {"gate": slice(0, half), "up": slice(half, None), "down": slice(None)}[place.part]
-        target[part] = value.float()
+        fill(self.model, self.skeleton, name, value)
 
     @torch.no_grad()
     def put(self, linear: Linear, weight: Tensor) -> None:
         """Replaces a matrix of the open block, [rows, columns]."""
-        value = weight if linear.experts is None else weight.view(linear.experts, -1, linear.columns)
-        self._fill(linear.name, value.transpose(-1, -2).contiguous() if linear.transposed else value)
+        self._fill(linear.name, as_stored(linear, weight))
 
     @torch.no_grad()
     def run(self, hidden: Tensor) -> Tensor:
@@ -258,6 +244,30 @@ class Blocks:
         return seen[0]
 
 
+def fill(model: nn.Module, skeleton: Skeleton, name: str, value: Tensor) -> None:
+    """Puts a tensor of the file where it belongs in a model, as float32: experts may be parts of a fused parameter."""
+    place = skeleton.place(name)
+    path, _, leaf = place.parameter.rpartition(".")
+    module = model.get_submodule(path)
+    if place.expert is None:
+        module._parameters[leaf] = nn.Parameter(value.float(), requires_grad=False)
+        return
+    old = module._parameters[leaf]
+    assert old is not None  # experts have weights
+    if old.is_meta:
+        old = module._parameters[leaf] = nn.Parameter(torch.empty(old.shape), requires_grad=False)
+    target = old.data[place.expert]
+    half = len(target) // 2
+    part = {"gate": slice(0, half), "up": slice(half, None), "down": slice(None)}[place.part]
+    target[part] = value.float()
+
+
+def as_stored(linear: Linear, weight: Tensor) -> Tensor:
+    """A matrix [rows, columns] in the shape of its tensor in the file."""
+    value = weight if linear.experts is None else weight.view(linear.experts, -1, linear.columns)
+    return value.transpose(-1, -2).contiguous() if linear.transposed else value
+
+
 class _StandIn(nn.Module):
     """Answers in a block's place."""
 
@@ -334,7 +344,7 @@ def _weightless() -> Iterator[None]:
     def on_meta(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         register(self, name, None if parameter is None else _meta(parameter))
 
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = on_meta  # type: ignore[assignment,method-assign]
     try:
         yield
     finally:

@@ -24,6 +24,7 @@ from poise.core.registry import build, get, name_of, names, parse_spec
 from poise.core.run import Run, commit, peak_memory, versions
 from poise.core.slabs import WEIGHTS, map_slabs, one_thread_each
 from poise.pipeline.stream import Calibration, solve_plan
+from poise.pipeline.tuning import tune
 from poise.pipeline.workspace import Workspace, explain_full_disk
 from poise.planning.planner import check_plan, make_plan
 from poise.planning.recipe import load_recipe
@@ -34,11 +35,17 @@ COPY_RATE = 150e6
 SHARD = 500_000_000
 """Bytes an exporter may hold before it writes."""
 
-CALIBRATION_WINDOW = 256
-"""Tokens of a window of calibration text."""
+DIAGONAL_WINDOW = 256
+"""Tokens of a window of calibration text, where only second moments are wanted."""
 
-CALIBRATION_TOKENS = 2500
-"""Tokens of the built-in calibration text, about; for estimates."""
+HESSIAN_WINDOW = 512
+"""Likewise for Hessians."""
+
+DIAGONAL_TOKENS = 2500
+"""Tokens that second moments need."""
+
+HESSIAN_TOKENS = 16384
+"""Tokens that Hessians need."""
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total) while work goes on."""
@@ -131,8 +138,12 @@ def quantize(
         with explain_full_disk(
             job.out.parent, f"free some and --resume: finished matrices are in {workspace.path}"
         ):
-            solve_plan(checkpoint, job.plan, _calibrate(checkpoint, job.plan, text), workspace, progress)
-            artifacts.append(_assemble(checkpoint, job, workspace, run, progress))
+            windows = _calibrate(checkpoint, job.plan, text)
+            solve_plan(checkpoint, job.plan, windows, workspace, progress)
+            source = checkpoint
+            if job.plan.tune is not None and windows is not None:
+                source = tune(checkpoint, job.plan, windows, workspace, progress)
+            artifacts.append(_assemble(source, job, workspace, run, progress))
     return artifacts
 
 
@@ -254,11 +265,18 @@ def _finished(job: _Job, key: dict[str, str]) -> Artifact | None:
 
 
 def _calibrate(checkpoint: Checkpoint, plan: Plan, text: Text) -> Calibration | None:
-    """What the model reads, if a planned solver uses statistics."""
-    if not _wants_stats(plan):
+    """What the model reads, if a planned solver uses statistics or something is trained."""
+    if not _wants_stats(plan) and plan.tune is None:
         return None
-    length = min(CALIBRATION_WINDOW, checkpoint.context or CALIBRATION_WINDOW)
-    return Calibration(windows=text.windows(checkpoint.tokenizer(), length), hash=text.hash)
+    tokens = plan.tokens or (HESSIAN_TOKENS if _wants_hessian(plan) else DIAGONAL_TOKENS)
+    length = HESSIAN_WINDOW if _wants_hessian(plan) else DIAGONAL_WINDOW
+    length = min(length, checkpoint.context or length)
+    windows = text.windows(checkpoint.tokenizer(), length, limit=max(1, tokens // length))
+    return Calibration(windows=windows, hash=text.hash)
+
+
+def _wants_hessian(plan: Plan) -> bool:
+    return any("hessian" in build("solver", str(row.solver)).wants for row in plan.quantized)
 
 
 def _wants_stats(plan: Plan) -> bool:
@@ -394,12 +412,12 @@ def _calibration_cost(checkpoint: Checkpoint) -> tuple[float, int]:
     product of matrices that is timed here; the whole model in memory."""
     weights = sum(info.numel for info in checkpoint.tensors().values())
     dtype = torch.float32 if checkpoint.dtype == torch.float32 else torch.bfloat16
-    x, w = torch.ones(CALIBRATION_WINDOW, 2048, dtype=dtype), torch.ones(2048, 2048, dtype=dtype)
+    x, w = torch.ones(DIAGONAL_WINDOW, 2048, dtype=dtype), torch.ones(2048, 2048, dtype=dtype)
     x @ w
     start = time.perf_counter()
     x @ w
     rate = 2 * x.numel() * 2048 / (time.perf_counter() - start)
-    return 2 * weights * CALIBRATION_TOKENS / rate, weights * dtype.itemsize
+    return 2 * weights * DIAGONAL_TOKENS / rate, weights * dtype.itemsize
 
 
 def _solving_seconds(plan: Plan) -> float:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from poise.core.errors import PoiseError, UsageError
 from poise.core.format import QTensor
@@ -71,12 +72,31 @@ class Workspace:
 
     def store(self, row: PlanRow, weight: QTensor) -> None:
         """Keeps a quantized matrix; the file is whole or absent."""
-        unfinished = self._file(row).with_suffix(".new")
-        save_file({key: value.contiguous() for key, value in weight.pack().items()}, unfinished)
-        os.replace(unfinished, self._file(row))
+        _store(weight, self._file(row))
 
     def load(self, row: PlanRow) -> QTensor:
-        return QTensor.unpack(load_file(self._file(row)), build("format", str(row.format)), row.columns)
+        """A matrix as it was solved, or as it was tuned if tuning is finished."""
+        tuned = self._file(row).with_suffix(".tuned")
+        file = tuned if self._tuned.exists() and tuned.exists() else self._file(row)
+        return QTensor.unpack(load_file(file), build("format", str(row.format)), row.columns)
+
+    def store_tuned(self, row: PlanRow, weight: QTensor) -> None:
+        """Keeps a tuned matrix, which counts once ``finish_tuned`` was called."""
+        _store(weight, self._file(row).with_suffix(".tuned"))
+
+    def finish_tuned(self, tensors: dict[str, Tensor]) -> None:
+        """Keeps the tensors that were tuned beside the matrices, and makes all of it count."""
+        unfinished = self._tuned.with_suffix(".new")
+        save_file({name: value.contiguous() for name, value in tensors.items()}, unfinished)
+        os.replace(unfinished, self._tuned)
+
+    def load_tuned(self) -> dict[str, Tensor] | None:
+        """What ``finish_tuned`` kept, or None."""
+        return load_file(self._tuned) if self._tuned.exists() else None
+
+    @property
+    def _tuned(self) -> Path:
+        return self.path / "tuned.safetensors"
 
     def note(self, outcome: dict[str, Any]) -> None:
         """Keeps what solving a matrix came to."""
@@ -120,6 +140,12 @@ class Workspace:
         shutil.rmtree(self.path)
         if old.exists():
             shutil.rmtree(old)
+
+
+def _store(weight: QTensor, file: Path) -> None:
+    unfinished = file.with_suffix(".new")
+    save_file({key: value.contiguous() for key, value in weight.pack().items()}, unfinished)
+    os.replace(unfinished, file)
 
 
 @contextmanager

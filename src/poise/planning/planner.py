@@ -43,7 +43,14 @@ def make_plan(
                 "matrix of this model: it matches nothing, or an earlier rule takes all it matches. Correct it, "
                 "or mark it optional: true"
             )
-    return Plan(recipe=recipe.name, exporter=exporter, rows=tuple(rows))
+    return Plan(
+        recipe=recipe.name,
+        exporter=exporter,
+        rows=tuple(rows),
+        transforms=recipe.transforms,
+        tune=recipe.tune,
+        tokens=recipe.tokens,
+    )
 
 
 def check_plan(plan: Plan, linears: Sequence[Linear], accepts: Accepts, scale_dtype: str) -> Plan:

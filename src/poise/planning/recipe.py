@@ -36,6 +36,9 @@ class _Recipe(_Strict):
     description: str
     rules: list[_Rule]
     gates: dict[str, float] = {}
+    transforms: list[str] = []
+    tune: str | None = None
+    tokens: int | None = None
 
 
 def shipped_recipes() -> list[str]:
@@ -84,7 +87,15 @@ def _parse(text: str, name: str, where: str) -> Recipe:
         if gate not in GATES:
             raise UsageError(f"{where}: gates.{gate}: unknown gate; there is {', '.join(GATES)}")
     rules = tuple(_rule(rule, f"{where}: rule {number}") for number, rule in enumerate(data.rules, 1))
-    return Recipe(name=name, description=data.description, rules=rules, gates=data.gates)
+    return Recipe(
+        name=name,
+        description=data.description,
+        rules=rules,
+        gates=data.gates,
+        transforms=tuple(data.transforms),
+        tune=data.tune,
+        tokens=data.tokens,
+    )
 
 
 def _nearest(error: Any) -> str:

@@ -45,7 +45,7 @@ def sweep(w: Floats, upper: Floats, ladders: Floats, group: Ints, index: Ints, e
         row = w[r]
         for j in range(n):
             ladder = ladders[r, group[j]]
-            k = nearest(ladder, row[j])
+            k = nearest(ladder, row[j])  # type: ignore[no-untyped-call]
             index[r, j] = k
             e = (row[j] - ladder[k]) / upper[j, j]
             error[r, j] = e
@@ -83,7 +83,7 @@ def descend(
                     continue
                 ladder = ladders[r, group[j]]
                 step = slope[j] / stiff
-                k = nearest(ladder, value[r, j] + step)
+                k = nearest(ladder, value[r, j] + step)  # type: ignore[no-untyped-call]
                 if k == index[r, j]:
                     continue
                 delta = ladder[k] - value[r, j]

@@ -33,4 +33,5 @@ class Gptaq(Gptq):
         h = damped(stats.hessian, self.damp)
         drift = stats.cross.double() - stats.hessian.double()
         correction = torch.linalg.solve(h, drift.T).T  # (C - H) H^-1, H symmetric
-        return weight.float() + self.share * (weight.float() @ correction.float())
+        moved: Tensor = weight.float() + self.share * (weight.float() @ correction.float())
+        return moved

@@ -1,0 +1,75 @@
+"""After all layers are solved: training of what is not a code, end to end, against the original."""
+
+import copy
+
+import torch
+from torch import Tensor
+
+from poise.checkpoints.linears import Skeleton
+from poise.checkpoints.replaced import Replaced
+from poise.core.checkpoint import Checkpoint
+from poise.core.format import QTensor
+from poise.core.plan import Plan
+from poise.core.registry import get, parse_spec
+from poise.pipeline.blocks import as_stored, fill
+from poise.pipeline.stream import Calibration, Progress
+from poise.pipeline.workspace import Workspace
+from poise.training.distill import Distill
+
+
+def tune(
+    checkpoint: Checkpoint, plan: Plan, calibration: Calibration, workspace: Workspace, progress: Progress
+) -> Checkpoint:
+    """Tunes a solved plan; the workspace then holds the tuned weights.
+
+    Returns:
+        the checkpoint with its tuned norms.
+    """
+    known = workspace.load_tuned()
+    if known is None:
+        known = _train(checkpoint, plan, calibration, workspace, progress)
+    return Replaced(checkpoint, known)
+
+
+def _train(
+    checkpoint: Checkpoint, plan: Plan, calibration: Calibration, workspace: Workspace, progress: Progress
+) -> dict[str, Tensor]:
+    skeleton = Skeleton(checkpoint.config)
+    linears = {linear.name: linear for linear in checkpoint.linears()}
+    rows = {row.name: row for row in plan.quantized}
+    recipe = Distill(**parse_spec(str(plan.tune))[1])
+    with get("engine", "torch")(dtype="float32") as engine:
+        engine.load(checkpoint)
+        trained: dict[str, QTensor] = {}
+        names: dict[str, str] = {}
+        fixed: list[str] = []
+        for name in rows:
+            place, linear = skeleton.place(name), linears[name]
+            if place.expert is None and linear.experts is None and linear.block is not None:
+                trained[place.parameter] = workspace.load(rows[name])
+                names[place.parameter] = name
+            else:
+                fixed.append(name)
+        teacher = copy.deepcopy(engine.model).to(torch.bfloat16)
+        for name in fixed:
+            fill(engine.model, skeleton, name, as_stored(linears[name], workspace.load(rows[name]).decode()))
+        transposed = frozenset(path for path, name in names.items() if linears[name].transposed)
+        tuned = recipe.run(
+            engine.model,
+            teacher,
+            trained,
+            transposed,
+            calibration.windows,
+            lambda step, steps, loss, held: progress(f"tune (held-back divergence {held:.4f})", step, steps),
+        )
+    for path, weight in tuned.weights.items():
+        workspace.store_tuned(rows[names[path]], weight)
+    norms = {}
+    for name, info in checkpoint.tensors().items():
+        value = tuned.norms.get(skeleton.place(name).parameter)
+        if value is not None and tuple(value.shape) == tuple(info.shape):
+            norms[name] = value.to(checkpoint.read(name).dtype)
+    facts = {"before": tuned.before, "after": tuned.after, "steps": tuned.steps}
+    workspace.note({"name": "tune", "solver": str(plan.tune), **facts})
+    workspace.finish_tuned(norms)
+    return norms

@@ -1,0 +1,81 @@
+"""Presets: one wish for all linears of the stack, by what it may cost.
+
+    fast       no data: half-quadratic ranges. Seconds.
+    balanced   error feedback under the Hessian of what the quantized prefix gives, then coordinate descent. Minutes.
+    best       the same, then scales and norms are tuned to the original's answers. Up to hours.
+
+The embedding, the head and routers are left alone.
+"""
+
+from dataclasses import dataclass
+
+from poise.core.errors import UsageError
+from poise.core.plan import Option, Recipe, Rule
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """How the linears are solved.
+
+    Attributes:
+        solver: spec of the solver, or of a chain.
+        tokens: of calibration text.
+        tune: spec of what follows after all layers, or None.
+        cost: for people.
+    """
+
+    solver: str
+    tokens: int
+    tune: str | None
+    cost: str
+
+
+PRESETS = {
+    "fast": Preset(solver="rtn", tokens=0, tune=None, cost="seconds, no data"),
+    "balanced": Preset(
+        solver="gptaq -> refine",
+        tokens=16384,
+        tune=None,
+        cost="minutes for a model of 100 million weights; memory of one block",
+    ),
+    "best": Preset(
+        solver="gptaq -> refine",
+        tokens=32768,
+        tune="distill",
+        cost="up to hours for a model of 100 million weights; memory of the whole model",
+    ),
+}
+
+BLOCKS = {4: ("q4_k", "q4_1"), 3: ("q3_k",), 2: ("q2_k", "q2_0")}
+"""Types of llama.cpp near a number of bits, for containers that hold no other integers."""
+
+
+def preset_recipe(name: str, bits: int = 4, group: int = 64) -> Recipe:
+    """The recipe of a preset: asymmetric integers; where the container has none, its own blocks of as many bits.
+
+    Raises:
+        UsageError: no such preset, or bits and group that are no integers.
+    """
+    if name not in PRESETS:
+        raise UsageError(f"no preset {name!r}: there is {', '.join(PRESETS)}")
+    preset = PRESETS[name]
+    options = [
+        f"int(bits={bits}, group={group}, symmetric=False)",
+        f"int(bits={bits}, group={group}, symmetric=False, zero='minimum')",
+        *(
+            f"int(bits={bits}, group={smaller}, symmetric=False)"
+            for smaller in (64, 32, 16)
+            if smaller < group
+        ),
+        f"int(bits={bits}, group={group})",
+        *BLOCKS.get(bits, ()),
+    ]
+    keep = [Rule(role=role, options=(), optional=True) for role in ("router", "head", "embedding")]
+    rule = Rule(options=tuple(Option(format=option) for option in options), solver=preset.solver)
+    return Recipe(
+        name=f"{name}-{bits}bit",
+        description=f"{bits}-bit integers in groups of {group}; {preset.cost}",
+        rules=(*keep, rule),
+        tune=preset.tune,
+        tokens=preset.tokens,
+    )

@@ -1,0 +1,251 @@
+"""End-to-end distillation: scales, zero points and norms learn the original's answers; codes stay as they are.
+
+A layer's weight is the sum of what its linear parameters multiply (``Format.basis``), so gradients reach them without
+straight-through tricks, in any format that has some. The loss is the Kullback-Leibler divergence of next-token
+distributions over the whole vocabulary. (The second phase of EfficientQAT, Chen et al. 2024, arXiv 2407.11062, section
+3.3, with the divergence in place of the cross-entropy.)
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from torch.nn.utils import parametrize
+
+from poise.core.errors import PoiseError
+from poise.core.format import Params, QTensor
+
+ROWS = 16
+"""Positions whose distributions over the vocabulary are in memory at a time."""
+WARMUP = 8
+"""Steps until the learning rate is reached."""
+
+Seen = Callable[[int, int, float, float], None]
+"""Called with (steps done, steps, loss, loss on held-back windows) after every evaluation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuned:
+    """What training came to.
+
+    Attributes:
+        weights: name -> the same codes with tuned parameters.
+        norms: parameter -> its tuned value.
+        before, after: divergence on the held-back windows, nats a token.
+        steps: after which the best was found.
+    """
+
+    weights: dict[str, QTensor]
+    norms: dict[str, Tensor]
+    before: float
+    after: float
+    steps: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distill:
+    """Adam with a cosine schedule; what was best on the held-back windows is kept.
+
+    Attributes:
+        steps: of training.
+        batch: tokens of a step, about.
+        scale_rate: learning rate of scales, as a share of their root mean square.
+        norm_rate: learning rate of norms.
+        held: share of the windows that only judge.
+        every: steps between two evaluations.
+        seed: of the order of windows.
+    """
+
+    steps: int = 200
+    batch: int = 2048
+    scale_rate: float = 1e-2
+    norm_rate: float = 1e-3
+    held: float = 0.06
+    every: int = 20
+    seed: int = 0
+
+    def run(
+        self,
+        model: Any,
+        teacher: Any,
+        weights: dict[str, QTensor],
+        transposed: frozenset[str],
+        windows: Sequence[Sequence[int]],
+        seen: Seen,
+    ) -> Tuned:
+        """Tunes a model in place.
+
+        Args:
+            model: in float32, as transformers runs it; every weight that is not among ``weights`` as it will stay.
+            teacher: the original, in bfloat16.
+            weights: parameter of the model -> its quantized weight.
+            transposed: parameters that the model stores as [in, out].
+            windows: token ids, all of one length.
+
+        Raises:
+            PoiseError: too few windows to hold some back.
+        """
+        count = max(1, round(self.held * len(windows)))
+        if len(windows) < 2 * count:
+            raise PoiseError(f"{len(windows)} windows are too few to tune on and to hold some back")
+        held, train = windows[-count:], windows[:-count]
+        batch = max(1, self.batch // len(windows[0]))
+        model.requires_grad_(False)
+        parts = {name: _attach(model, name, weight, name in transposed) for name, weight in weights.items()}
+        norms = {
+            name: value
+            for name, value in model.named_parameters()
+            if value.dim() == 1 and "parametriz" not in name
+        }
+        scales = [value for part in parts.values() for value in part.linear.values()]
+        groups = [{"params": list(norms.values()), "lr": self.norm_rate}]
+        groups += [{"params": [value], "lr": self.scale_rate * _size(value)} for value in scales]
+        for value in [*norms.values(), *scales]:
+            value.requires_grad_(True)
+        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
+        rates = [float(group["lr"]) for group in optimizer.param_groups]
+        dice = torch.Generator().manual_seed(self.seed)
+        tuned = [*norms.values(), *scales]
+        best, best_step, before = (
+            [value.detach().clone() for value in tuned],
+            0,
+            self._judge(model, teacher, held),
+        )
+        least, order = before, list[int]()
+        for step in range(1, self.steps + 1):
+            if len(order) < batch:
+                order += torch.randperm(len(train), generator=dice).tolist()
+            pick, order = order[:batch], order[batch:]
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * min(1, step / WARMUP) * (0.05 + 0.95 * _cosine(step / self.steps))
+            loss = divergence(model, teacher, [train[number] for number in pick])
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            if step % self.every == 0 or step == self.steps:
+                now = self._judge(model, teacher, held)
+                if now < least:
+                    least, best_step, best = now, step, [value.detach().clone() for value in tuned]
+                seen(step, self.steps, float(loss.detach()), now)
+        for value, kept in zip(tuned, best, strict=True):
+            value.data.copy_(kept)
+        return Tuned(
+            weights={name: part.result() for name, part in parts.items()},
+            norms={name: value.detach().clone() for name, value in norms.items()},
+            before=before,
+            after=least,
+            steps=best_step,
+        )
+
+    def _judge(self, model: Any, teacher: Any, windows: Sequence[Sequence[int]]) -> float:
+        batch = max(1, self.batch // len(windows[0]))
+        with torch.no_grad():
+            parts = [windows[start : start + batch] for start in range(0, len(windows), batch)]
+            return sum(float(divergence(model, teacher, part).detach()) * len(part) for part in parts) / len(
+                windows
+            )
+
+
+def divergence(model: Any, teacher: Any, windows: Sequence[Sequence[int]]) -> Tensor:
+    """Mean divergence of the model's next-token distributions from the teacher's, nats a token."""
+    ids = torch.tensor(windows)
+    with torch.no_grad():
+        wanted = _states(teacher, ids)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        states = _states(model, ids)
+    head = teacher.get_output_embeddings()
+    found: Tensor = _Divergence.apply(
+        states.to(torch.bfloat16).flatten(0, 1), wanted.flatten(0, 1), head.weight
+    )  # type: ignore[no-untyped-call]
+    return found
+
+
+def _states(model: Any, ids: Tensor) -> Tensor:
+    """What the head reads."""
+    states: Tensor = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    return states
+
+
+class _Divergence(torch.autograd.Function):
+    """KL(teacher || student) of softmax(states head^T), a few positions at a time, with its gradient by the states."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, wanted: Tensor, head: Tensor, original: Tensor) -> Tensor:
+        gradient, total = torch.empty_like(states), 0.0
+        for start in range(0, len(states), 16 * ROWS):
+            run = slice(start, start + 16 * ROWS)
+            student, teacher = linear(states[run], head), linear(wanted[run], original)
+            for row in range(0, len(student), ROWS):
+                part = slice(row, row + ROWS)
+                ours = torch.log_softmax(student[part].float(), -1)
+                theirs = torch.log_softmax(teacher[part].float(), -1)
+                share = theirs.exp()
+                total += float((share * theirs.sub_(ours)).sum())
+                student[part] = ours.exp_().sub_(share)
+            gradient[run] = student @ head
+        ctx.save_for_backward(gradient.div_(len(states)))
+        return torch.tensor(total / len(states))
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * outer[0], None, None, None
+
+
+class _Weight(nn.Module):
+    """A weight as the sum of what its linear parameters multiply."""
+
+    def __init__(self, weight: QTensor, transposed: bool) -> None:
+        super().__init__()
+        self.weight, self.transposed = weight, transposed
+        rows, columns = weight.shape
+        self.columns = columns
+        self.linear = nn.ParameterDict()
+        fixed = weight.decode()
+        for key, basis in weight.format.basis(weight.codes, weight.params).items():
+            span = weight.format.span_of(key, columns)
+            padded = torch.nn.functional.pad(basis, (0, -columns % span)).view(rows, -1, span)
+            self.register_buffer(f"basis_{key}", padded.to(torch.bfloat16))
+            self.linear[key] = nn.Parameter(weight.params[key].float(), requires_grad=False)
+        self.register_buffer("fixed", None if self.linear else fixed.to(torch.bfloat16))
+
+    def forward(self, _: Tensor) -> Tensor:
+        whole: Tensor
+        if isinstance(self.fixed, Tensor):
+            whole = self.fixed
+        else:
+            parts: list[Tensor] = [
+                getattr(self, f"basis_{key}") * value.to(torch.bfloat16).unsqueeze(-1)
+                for key, value in self.linear.items()
+            ]
+            whole = sum(parts[1:], parts[0]).flatten(1)[:, : self.columns]
+        return whole.T if self.transposed else whole
+
+    def result(self) -> QTensor:
+        """The same codes with the parameters of now, as they are stored."""
+        params: Params = {
+            key: self.linear[key].detach().to(value.dtype) if key in self.linear else value
+            for key, value in self.weight.params.items()
+        }
+        return QTensor(codes=self.weight.codes, params=params, format=self.weight.format)
+
+
+def _attach(model: nn.Module, name: str, weight: QTensor, transposed: bool) -> _Weight:
+    """Makes a parameter of the model the decoded weight, differentiable in its linear parameters."""
+    path, _, leaf = name.rpartition(".")
+    part = _Weight(weight, transposed)
+    parametrize.register_parametrization(model.get_submodule(path), leaf, part, unsafe=True)
+    return part
+
+
+def _size(value: Tensor) -> float:
+    """Root mean square, not zero."""
+    return max(float(value.detach().square().mean().sqrt()), 1e-12)
+
+
+def _cosine(share: float) -> float:
+    return 0.5 * (1 + math.cos(math.pi * share))
