@@ -11,16 +11,25 @@ from rich.markup import escape
 from poise.cli import terminal
 
 if TYPE_CHECKING:
+    from poise.core.plan import Recipe
     from poise.pipeline import Estimate
 
 
 def run(
     model: Annotated[str, typer.Argument(help="folder, .gguf file, or hub id org/name[@revision]")],
-    recipe: Annotated[str, typer.Option(help="shipped recipe, .yaml file, or plan.json")] = "mobile",
+    recipe: Annotated[
+        str | None, typer.Option(help="shipped recipe, .yaml file, or plan.json. Default: mobile")
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(help="fast, balanced or best: one width for all linears, instead of a recipe"),
+    ] = None,
+    bits: Annotated[int, typer.Option(help="of a preset's weights")] = 4,
+    group: Annotated[int, typer.Option(help="inputs that share a scale in a preset")] = 64,
     out: Annotated[Path, typer.Option("--out", "-o", help="folder to make")] = Path("quantized"),
     to: Annotated[list[str] | None, typer.Option(help="exporter; repeat for several. Default: gguf")] = None,
     calibration: Annotated[
-        Path | None, typer.Option(help="UTF-8 text to calibrate on; default: a short one")
+        str | None, typer.Option(help="text to calibrate on: a file. Default: a short one")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="replace the output and any unfinished run")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="continue an unfinished run")] = False,
@@ -36,19 +45,22 @@ def run(
       poise quantize HuggingFaceTB/SmolLM2-135M --recipe mobile --to gguf -o smol
 
       poise quantize ./model --recipe cloud --to compressed-tensors -o served --dry-run
+
+      poise quantize ./model --preset best --bits 3 --to compressed-tensors -o small
     """
     from poise import pipeline
     from poise.reports import console
 
+    wish = _wish(recipe, preset, bits, group)
     exporters = to or ["gguf"]
     if dry_run:
         terminal.quiet_libraries()
-        _show_estimates(pipeline.dry_run(model, recipe, out, to=exporters), as_json)
+        _show_estimates(pipeline.dry_run(model, wish, out, to=exporters), as_json)
         return
     with terminal.progress() as progress:
         artifacts = pipeline.quantize(
             model,
-            recipe,
+            wish,
             out,
             to=exporters,
             calibration=calibration,
@@ -65,6 +77,17 @@ def run(
     for artifact in artifacts:
         console.print_plan(terminal.out, artifact.plan)
         console.print_artifact(terminal.out, artifact)
+
+
+def _wish(recipe: str | None, preset: str | None, bits: int, group: int) -> "str | Recipe":
+    from poise.core.errors import UsageError
+    from poise.planning.presets import preset_recipe
+
+    if preset is None:
+        return recipe or "mobile"
+    if recipe is not None:
+        raise UsageError("give a recipe or a preset, not both")
+    return preset_recipe(preset, bits, group)
 
 
 def _show_estimates(estimates: list["Estimate"], as_json: bool) -> None:

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from poise.core.compiled import fast, inlined
 from poise.core.format import Params
 from poise.formats._block import Block, spread, to_half
 from poise.formats._chance import by_chance
@@ -31,6 +30,7 @@ from poise.formats._search import (
     nearest_codes,
     nearest_levels,
 )
+from poise.kernels import fast, inlined
 
 SUPER = 256
 STARTS = np.array([-0.5, 0.0, 0.35, 0.7, 1.1, 1.6], dtype=np.float32)
@@ -49,6 +49,10 @@ class SuperBlock(Block):
 
     columns = SUPER
     whole: ClassVar[torch.dtype]
+
+    @property
+    def linear(self) -> tuple[str, ...]:
+        return tuple(key for key, per in self.per.items() if per == SUPER)
 
     def empty(self, weight: Tensor) -> Params:
         """Parameters of a weight without elements."""
@@ -80,10 +84,6 @@ class AffineSuperBlock(SuperBlock):
     @property
     def alphabet(self) -> Tensor:
         return torch.arange(self.top + 1, dtype=torch.uint8)
-
-    @property
-    def linear(self) -> tuple[str, ...]:
-        return ("d", "dmin")
 
     def cover(self, weight: Tensor) -> Params:
         low, high = self.extremes(weight)
@@ -156,10 +156,6 @@ class SymmetricSuperBlock(SuperBlock):
     @property
     def alphabet(self) -> Tensor:
         return torch.arange(len(self.levels), dtype=torch.uint8)
-
-    @property
-    def linear(self) -> tuple[str, ...]:
-        return ("d",)
 
     def cover(self, weight: Tensor) -> Params:
         low, high = self.extremes(weight)

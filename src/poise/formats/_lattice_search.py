@@ -20,7 +20,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from poise.core.compiled import finite, inlined
+from poise.kernels import finite, inlined
 
 Floats = npt.NDArray[np.float32]
 Points = npt.NDArray[np.int8]

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from poise.core.compiled import fast
 from poise.core.slabs import map_slabs
 from poise.formats._scales import divisor
+from poise.kernels import fast
 
 ADMM = 60
 """Rounds; 100 lower the error of Gaussian weights by half a percent."""

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from poise.core.compiled import exact, fast, finite, inlined
+from poise.kernels import exact, fast, finite, inlined
 
 Floats = npt.NDArray[np.float32]
 Codes = npt.NDArray[np.uint8]

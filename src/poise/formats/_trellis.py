@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from poise.core.compiled import exact, fast, inlined
+from poise.kernels import exact, fast, inlined
 
 Floats = npt.NDArray[np.float32]
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.core.compiled import fast, inlined
+from poise.kernels import fast, inlined
 
 Floats = NDArray[np.float32]
 Ints = NDArray[Any]

@@ -157,10 +157,9 @@ def divergence(model: Any, teacher: Any, windows: Sequence[Sequence[int]]) -> Te
         wanted = _states(teacher, ids)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         states = _states(model, ids)
-    head = teacher.get_output_embeddings()
-    found: Tensor = _Divergence.apply(
-        states.to(torch.bfloat16).flatten(0, 1), wanted.flatten(0, 1), head.weight
-    )  # type: ignore[no-untyped-call]
+    heads = [item.get_output_embeddings().weight.detach().to(torch.bfloat16) for item in (model, teacher)]
+    flat = states.to(torch.bfloat16).flatten(0, 1), wanted.flatten(0, 1)
+    found: Tensor = _Divergence.apply(*flat, *heads)  # type: ignore[no-untyped-call]
     return found
 
 
