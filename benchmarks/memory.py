@@ -1,8 +1,9 @@
 """Peak memory of quantizing 3 billion weights, and that it does not grow with the number of layers.
 
     python benchmarks/memory.py [--layers 14 28] [--folder FOLDER]
+    python benchmarks/memory.py --preset balanced --layers 3 --exporters compressed-tensors
 
-Bar: 1.5 GB plus twice the largest tensor. Each run is a process of its own; the peak is its VmHWM. The
+Bar: 1.5 GB plus twice the largest tensor; 4 GB for a preset, and the estimate of --dry-run within 20 %. Each run is a process of its own; the peak is its VmHWM. The
 checkpoint (6.4 GB at 28 layers) and the artifacts are written to the folder and removed afterwards.
 """
 
@@ -19,6 +20,7 @@ from synthetic import make_checkpoint
 
 LARGEST = 128256 * 3072 * 2
 BAR = 1.5e9 + 2 * LARGEST
+PRESET_BAR = 4e9
 RECIPE = Path(__file__).parent / "rtn4.yaml"
 
 
@@ -26,10 +28,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, nargs="+", default=[14, 28])
     parser.add_argument("--exporters", nargs="+", default=["compressed-tensors", "gguf"])
+    parser.add_argument("--preset", help="instead of rounding to nearest")
     parser.add_argument("--folder", type=Path, default=None)
     arguments = parser.parse_args()
     work = Path(tempfile.mkdtemp(dir=arguments.folder))
-    print(f"bar: {BAR / 1e9:.2f} GB (1.5 GB + 2 x the largest tensor of {LARGEST / 1e9:.2f} GB)")
+    bar = PRESET_BAR if arguments.preset else BAR
+    wish = ["--preset", arguments.preset] if arguments.preset else ["--recipe", str(RECIPE)]
+    print(f"bar: {bar / 1e9:.2f} GB")
     print(
         f"{'exporter':<20}{'layers':>7}{'source GB':>11}{'peak GB':>9}{'of the bar':>12}{'seconds':>9}{'MB/s':>7}"
     )
@@ -39,11 +44,11 @@ def main() -> None:
             source = make_checkpoint(work / "source", layers)
             size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
             for exporter in arguments.exporters:
-                peak, seconds = quantize(source, exporter, work / "out")
+                peak, seconds = quantize(source, exporter, work / "out", wish)
                 peaks.setdefault(exporter, []).append(peak)
                 rate = size / seconds / 1e6
                 print(
-                    f"{exporter:<20}{layers:>7}{size / 1e9:>11.2f}{peak / 1e9:>9.2f}{peak / BAR:>12.2f}"
+                    f"{exporter:<20}{layers:>7}{size / 1e9:>11.2f}{peak / 1e9:>9.2f}{peak / bar:>12.2f}"
                     f"{seconds:>9.1f}{rate:>7.0f}",
                     flush=True,
                 )
@@ -53,10 +58,10 @@ def main() -> None:
         print(f"{exporter}: deepest over shallowest peak {found[-1] / found[0]:.3f}")
 
 
-def quantize(source: Path, exporter: str, out: Path) -> tuple[float, float]:
+def quantize(source: Path, exporter: str, out: Path, wish: list[str]) -> tuple[float, float]:
     """Peak bytes and seconds of one run in a fresh process."""
     start = time.perf_counter()
-    command = [sys.executable, "-m", "poise", "quantize", str(source), "--recipe", str(RECIPE)]
+    command = [sys.executable, "-m", "poise", "quantize", str(source), *wish]
     subprocess.run(
         [*command, "--to", exporter, "-o", str(out), "--force", "--json"],
         check=True,

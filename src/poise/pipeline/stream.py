@@ -31,7 +31,7 @@ from poise.pipeline.workspace import Workspace
 
 BATCH_TOKENS = 2048
 """Tokens that a block reads at a time."""
-READ = 1 << 27
+READ = 1 << 26
 """Bytes of what one input group read in the original that stay in memory."""
 FEW = 4
 """Tokens an input, below which a Hessian is called poorly known."""

@@ -19,35 +19,27 @@ class Factor:
     Attributes:
         order: [n], the columns in that order; whole units of ``width`` stay together.
         upper: U [n, n] float32 with H^-1 = U^T U, for the columns in that order.
-        diagonal: of the damped H, [n], in the original order.
     """
 
     order: Tensor
     upper: Tensor
-    diagonal: Tensor
 
 
-def symmetric(hessian: Tensor) -> Tensor:
-    """A Hessian in float64, exactly symmetric.
+def damping(hessian: Tensor, damp: float) -> Tensor:
+    """What is added to the diagonal of H, [n] float64: ``damp`` of its mean; for inputs that were always zero its mean
+    beside, so that H has an inverse and leaves their columns alone.
 
     Raises:
-        FormatError: it is not finite.
+        FormatError: H is not finite.
     """
-    wide = hessian.double()
-    if not bool(torch.isfinite(wide).all()):
+    diagonal = hessian.diagonal().double()
+    if not bool(torch.isfinite(hessian.sum())) and not bool(torch.isfinite(hessian).all()):
         raise FormatError("the Hessian of its inputs is not finite; are the calibration activations sound?")
-    return (wide + wide.T) / 2
-
-
-def damped(hessian: Tensor, damp: float) -> Tensor:
-    """H + damp mean(diag H) I; inputs that were always zero get a diagonal of their own, so that H has an inverse."""
-    wide = symmetric(hessian)
-    diagonal = wide.diagonal().clamp(min=0)
-    mean = float(diagonal.mean())
-    dead = diagonal == 0
+    mean = float(diagonal.clamp(min=0).mean())
+    dead = diagonal <= 0
     if bool(dead.all()):
         warnings.warn("all inputs were zero in calibration: columns count alike", PoiseWarning, stacklevel=2)
-        return torch.eye(len(wide), dtype=torch.float64)
+        return torch.ones_like(diagonal)
     if bool(dead.any()):
         warnings.warn(
             f"{int(dead.sum())} of {len(dead)} inputs were always zero in calibration: their columns are rounded "
@@ -55,8 +47,46 @@ def damped(hessian: Tensor, damp: float) -> Tensor:
             PoiseWarning,
             stacklevel=2,
         )
-    wide.diagonal().add_(damp * mean + dead * mean)
-    return wide
+    return damp * mean + dead * mean
+
+
+def damped(hessian: Tensor, damp: float) -> Tensor:
+    """H with ``damping`` on its diagonal, in its own dtype."""
+    copy = hessian.clone()
+    copy.diagonal().add_(damping(hessian, damp).to(copy.dtype))
+    return copy
+
+
+def cholesky(hessian: Tensor, damp: float, order: Tensor | None = None) -> Tensor:
+    """Lower Cholesky factor of the damped Hessian in float64, rows and columns in an order of one's own.
+
+    Damping grows tenfold until there is a factor, which is said.
+
+    Raises:
+        FormatError: not finite, or there is no factor at all.
+    """
+    added = damping(hessian, damp)
+    mean = float((hessian.diagonal().double() + added).mean())
+    wide = (hessian if order is None else hessian[order][:, order]).double()
+    wide.diagonal().add_(added if order is None else added[order])
+    extra = 0.0
+    for attempt in range(RETRIES):
+        lower, failed = torch.linalg.cholesky_ex(wide)
+        if int(failed) == 0:
+            break
+        step = max(damp, 1e-3) * mean * 10**attempt
+        wide.diagonal().add_(step)
+        extra += step
+    else:
+        raise FormatError("the Hessian of its inputs cannot be factorized, whatever is added to its diagonal")
+    if extra:
+        warnings.warn(
+            f"ill-conditioned Hessian: {damp + extra / mean:.3g} of its mean diagonal was added instead of {damp:.3g}",
+            PoiseWarning,
+            stacklevel=2,
+        )
+    found: Tensor = lower
+    return found
 
 
 def factorize(hessian: Tensor, *, damp: float, width: int = 1, act_order: bool = True) -> Factor:
@@ -71,32 +101,16 @@ def factorize(hessian: Tensor, *, damp: float, width: int = 1, act_order: bool =
     Raises:
         FormatError: not finite.
     """
-    wide = damped(hessian, damp)
-    n = len(wide)
-    diagonal = wide.diagonal().clone()
+    n = len(hessian)
     order = torch.arange(n)
     if act_order:
-        units = torch.argsort(diagonal.view(-1, width).sum(1), descending=True, stable=True)
+        units = torch.argsort(hessian.diagonal().view(-1, width).sum(1), descending=True, stable=True)
         order = order.view(-1, width)[units].flatten()
-        wide = wide[order][:, order]
-    mean = float(diagonal.mean())
-    extra = 0.0
-    for attempt in range(RETRIES):
-        # H^-1 = U^T U where H = L L^T in reversed order: one factorization and one triangular inverse.
-        lower, failed = torch.linalg.cholesky_ex(wide.flip(0, 1))
-        if int(failed) == 0:
-            break
-        step = max(damp, 1e-3) * mean * 10**attempt
-        wide.diagonal().add_(step)
-        extra += step
-    else:
-        raise FormatError("the Hessian of its inputs cannot be factorized, whatever is added to its diagonal")
-    if extra:
-        warnings.warn(
-            f"ill-conditioned Hessian: {damp + extra / mean:.3g} of its mean diagonal was added instead of {damp:.3g}",
-            PoiseWarning,
-            stacklevel=2,
-        )
-    identity = torch.eye(n, dtype=torch.float64)
-    upper = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
-    return Factor(order=order, upper=upper.float().contiguous(), diagonal=diagonal.float())
+    # H^-1 = U^T U with U the inverse of the factor of H in reversed order, reversed: one triangular inverse.
+    lower = cholesky(hessian, damp, order.flip(0))
+    inverse = torch.eye(n, dtype=torch.float64)
+    torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+    del lower
+    narrow = inverse.float()
+    del inverse
+    return Factor(order=order, upper=narrow.flip(0, 1))

@@ -7,8 +7,11 @@ import torch
 from torch import Tensor
 
 from poise.core.stats import Stats
-from poise.solvers._hessian import damped
+from poise.solvers._hessian import cholesky
 from poise.solvers.gptq import Gptq
+
+ROWS = 1024
+"""Rows of a weight that are in float64 at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +33,11 @@ class Gptaq(Gptq):
     def target(self, weight: Tensor, stats: Stats | None) -> Tensor:
         if stats is None or stats.hessian is None or stats.cross is None:
             return weight
-        h = damped(stats.hessian, self.damp)
-        drift = stats.cross.double() - stats.hessian.double()
-        correction = torch.linalg.solve(h, drift.T).T  # (C - H) H^-1, H symmetric
-        moved: Tensor = weight.float() + self.share * (weight.float() @ correction.float())
+        lower = cholesky(stats.hessian, self.damp)
+        drift = stats.cross - stats.hessian
+        moved = torch.empty(weight.shape)
+        for rows in torch.arange(len(weight)).split(ROWS):
+            slab = weight[rows].float()
+            change = torch.cholesky_solve((slab @ drift).double().T, lower).T
+            moved[rows] = slab + self.share * change.float()
         return moved

@@ -42,7 +42,7 @@ class Refine(Solver):
         if stats is None:
             return None, None
         hessian = (
-            None if stats.hessian is None or format.width == 0 else damped(stats.hessian, self.damp).float()
+            None if stats.hessian is None or format.width == 0 else damped(stats.hessian.float(), self.damp)
         )
         return stats.second_moment.float(), hessian
 
