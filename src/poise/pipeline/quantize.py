@@ -1,8 +1,6 @@
 """checkpoint -> linears -> plan -> codes -> artifact -> read back -> manifest."""
 
 import json
-import shutil
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -11,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from poise.calibration.text import Text, load_text
+from poise.calibration.text import load_text
 from poise.checkpoints import open_checkpoint
 from poise.core.artifact import CARD, Artifact, Manifest, list_files, write_atomically, write_manifest
 from poise.core.checkpoint import Checkpoint
@@ -20,32 +18,17 @@ from poise.core.exporter import Exporter
 from poise.core.format import QTensor
 from poise.core.linear import Linear
 from poise.core.plan import Plan, PlanRow, Recipe
-from poise.core.registry import build, get, name_of, names, parse_spec
-from poise.core.run import Run, commit, peak_memory, versions
+from poise.core.registry import get, name_of, names, parse_spec
+from poise.core.run import Run, commit, versions
 from poise.core.slabs import WEIGHTS, map_slabs, one_thread_each
-from poise.pipeline.stream import Calibration, solve_plan
+from poise.pipeline.estimate import Estimate, artifact_bytes, estimate, free_disk
+from poise.pipeline.reading import read_windows, wants_stats
+from poise.pipeline.stream import solve_plan
 from poise.pipeline.tuning import tune
 from poise.pipeline.workspace import Workspace, explain_full_disk
 from poise.planning.planner import check_plan, make_plan
 from poise.planning.recipe import load_recipe
 from poise.reports.card import model_card
-
-COPY_RATE = 150e6
-"""Source bytes a second that reading, writing and reading back take together, beside the solving."""
-SHARD = 500_000_000
-"""Bytes an exporter may hold before it writes."""
-
-DIAGONAL_WINDOW = 256
-"""Tokens of a window of calibration text, where only second moments are wanted."""
-
-HESSIAN_WINDOW = 512
-"""Likewise for Hessians."""
-
-DIAGONAL_TOKENS = 2500
-"""Tokens that second moments need."""
-
-HESSIAN_TOKENS = 16384
-"""Tokens that Hessians need."""
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total) while work goes on."""
@@ -53,27 +36,6 @@ Progress = Callable[[str, int, int], None]
 
 def silent(stage: str, done: int, total: int) -> None:
     """Progress that nobody watches."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Estimate:
-    """What a run would do and need, told before anything is done.
-
-    Attributes:
-        seconds: solving time, from a sample of every distinct (solver, format); calibration and copying.
-        memory: peak resident bytes on top of this process: the largest tensor in the forms it takes and a
-            shard, or the whole model if it is calibrated.
-        disk: bytes that are written, unfinished state included.
-    """
-
-    out: Path
-    plan: Plan
-    source_bytes: int
-    artifact_bytes: int
-    seconds: float
-    memory: int
-    disk: int
-    free_disk: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +100,7 @@ def quantize(
         with explain_full_disk(
             job.out.parent, f"free some and --resume: finished matrices are in {workspace.path}"
         ):
-            windows = _calibrate(checkpoint, job.plan, text)
+            windows = read_windows(checkpoint, job.plan, text)
             solve_plan(checkpoint, job.plan, windows, workspace, progress)
             source = checkpoint
             if job.plan.tune is not None and windows is not None:
@@ -156,7 +118,7 @@ def dry_run(
 ) -> list[Estimate]:
     """What ``quantize`` would do: the plan, sizes, time, memory and disk. Reads only the headers."""
     checkpoint = open_checkpoint(model)
-    return [_estimate(checkpoint, job) for job in _jobs(checkpoint, recipe, Path(out), to)]
+    return [estimate(checkpoint, job.plan, job.out) for job in _jobs(checkpoint, recipe, Path(out), to)]
 
 
 def _command(
@@ -223,31 +185,14 @@ def _job(
     return _Job(out=out, exporter=exporter, plan=plan, gates=wish.gates)
 
 
-def _artifact_bytes(checkpoint: Checkpoint, plan: Plan) -> int:
-    planned = {row.name: row for row in plan.quantized}
-    total = 0.0
-    for name, info in checkpoint.tensors().items():
-        row = planned.get(name)
-        if row is None:
-            total += info.numel * checkpoint.dtype.itemsize
-        else:
-            total += build("format", str(row.format)).bits_per_weight(row.rows, row.columns) * info.numel / 8
-    return int(total)
-
-
 def _check_disk(checkpoint: Checkpoint, jobs: list[_Job]) -> None:
     for job in jobs:
-        need, free = 2 * _artifact_bytes(checkpoint, job.plan), _free_disk(job.out)
+        need, free = 2 * artifact_bytes(checkpoint, job.plan), free_disk(job.out)
         if need > free:
             raise PoiseError(
                 f"{job.out} needs about {need / 1e9:.1f} GB while it is made, {free / 1e9:.1f} GB are free: "
                 "free some or choose another disk"
             )
-
-
-def _free_disk(path: Path) -> int:
-    existing = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
-    return shutil.disk_usage(existing).free
 
 
 def _finished(job: _Job, key: dict[str, str]) -> Artifact | None:
@@ -262,25 +207,6 @@ def _finished(job: _Job, key: dict[str, str]) -> Artifact | None:
         if same and not artifact.damaged():
             return artifact
     return None
-
-
-def _calibrate(checkpoint: Checkpoint, plan: Plan, text: Text) -> Calibration | None:
-    """What the model reads, if a planned solver uses statistics or something is trained."""
-    if not _wants_stats(plan) and plan.tune is None:
-        return None
-    tokens = plan.tokens or (HESSIAN_TOKENS if _wants_hessian(plan) else DIAGONAL_TOKENS)
-    length = HESSIAN_WINDOW if _wants_hessian(plan) else DIAGONAL_WINDOW
-    length = min(length, checkpoint.context or length)
-    windows = text.windows(checkpoint.tokenizer(), length, limit=max(1, tokens // length))
-    return Calibration(windows=windows, hash=text.hash)
-
-
-def _wants_hessian(plan: Plan) -> bool:
-    return any("hessian" in build("solver", str(row.solver)).wants for row in plan.quantized)
-
-
-def _wants_stats(plan: Plan) -> bool:
-    return any(build("solver", str(row.solver)).wants for row in plan.quantized)
 
 
 def _assemble(
@@ -368,7 +294,7 @@ def _manifest(checkpoint: Checkpoint, exported: Checkpoint, job: _Job, run: Run,
         exporter=job.plan.exporter,
         model=model,
         plan_hash=job.plan.hash,
-        calibration=run.inputs["calibration"] if _wants_stats(job.plan) else None,
+        calibration=run.inputs["calibration"] if wants_stats(job.plan) else None,
         gates=job.gates,
         weights=weights,
         weight_bytes=exported.total_bytes,
@@ -386,51 +312,3 @@ def _manifest(checkpoint: Checkpoint, exported: Checkpoint, job: _Job, run: Run,
 def _is_quantized_linear(row: PlanRow) -> bool:
     """Tables that are looked up are not linears, and floats are not quantized."""
     return row.role != "embedding" and parse_spec(str(row.format))[0] != "float"
-
-
-def _estimate(checkpoint: Checkpoint, job: _Job) -> Estimate:
-    artifact_bytes = _artifact_bytes(checkpoint, job.plan)
-    infos = checkpoint.tensors()
-    largest = max(infos[row.name].nbytes + 2 * infos[row.name].numel for row in job.plan.rows)
-    calibration_seconds, calibration_memory = (
-        _calibration_cost(checkpoint) if _wants_stats(job.plan) else (0.0, 0)
-    )
-    return Estimate(
-        out=job.out,
-        plan=job.plan,
-        source_bytes=checkpoint.total_bytes,
-        artifact_bytes=artifact_bytes,
-        seconds=_solving_seconds(job.plan) + checkpoint.total_bytes / COPY_RATE + calibration_seconds,
-        memory=peak_memory() + max(largest + SHARD, calibration_memory),
-        disk=2 * artifact_bytes,
-        free_disk=_free_disk(job.out),
-    )
-
-
-def _calibration_cost(checkpoint: Checkpoint) -> tuple[float, int]:
-    """Seconds and bytes of reading the built-in text: two operations a weight and token, at the rate of a
-    product of matrices that is timed here; the whole model in memory."""
-    weights = sum(info.numel for info in checkpoint.tensors().values())
-    dtype = torch.float32 if checkpoint.dtype == torch.float32 else torch.bfloat16
-    x, w = torch.ones(DIAGONAL_WINDOW, 2048, dtype=dtype), torch.ones(2048, 2048, dtype=dtype)
-    x @ w
-    start = time.perf_counter()
-    x @ w
-    rate = 2 * x.numel() * 2048 / (time.perf_counter() - start)
-    return 2 * weights * DIAGONAL_TOKENS / rate, weights * dtype.itemsize
-
-
-def _solving_seconds(plan: Plan) -> float:
-    """Times every distinct (solver, format) on one slab of random weights."""
-    weights: dict[tuple[str, str], int] = {}
-    for row in plan.quantized:
-        key = (str(row.solver), str(row.format))
-        weights[key] = weights.get(key, 0) + row.rows * row.columns
-    total = 0.0
-    sample = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))
-    for (solver, format), count in weights.items():
-        build("solver", solver).solve(sample[:8], build("format", format))
-        start = time.perf_counter()
-        build("solver", solver).solve(sample, build("format", format))
-        total += (time.perf_counter() - start) * count / sample.numel()
-    return total

@@ -10,11 +10,11 @@ from poise.checkpoints.replaced import Replaced
 from poise.core.checkpoint import Checkpoint
 from poise.core.format import QTensor
 from poise.core.plan import Plan
-from poise.core.registry import get, parse_spec
+from poise.core.registry import get
 from poise.pipeline.blocks import as_stored, fill
 from poise.pipeline.stream import Calibration, Progress
 from poise.pipeline.workspace import Workspace
-from poise.training.distill import Distill
+from poise.training.distill import distill_of
 
 
 def tune(
@@ -37,7 +37,7 @@ def _train(
     skeleton = Skeleton(checkpoint.config)
     linears = {linear.name: linear for linear in checkpoint.linears()}
     rows = {row.name: row for row in plan.quantized}
-    recipe = Distill(**parse_spec(str(plan.tune))[1])
+    recipe = distill_of(str(plan.tune))
     with get("engine", "torch")(dtype="float32") as engine:
         engine.load(checkpoint)
         trained: dict[str, QTensor] = {}

@@ -36,7 +36,8 @@ class Gptaq(Gptq):
         lower = cholesky(stats.hessian, self.damp)
         drift = stats.cross - stats.hessian
         moved = torch.empty(weight.shape)
-        for rows in torch.arange(len(weight)).split(ROWS):
+        for start in range(0, len(weight), ROWS):
+            rows = slice(start, start + ROWS)
             slab = weight[rows].float()
             change = torch.cholesky_solve((slab @ drift).double().T, lower).T
             moved[rows] = slab + self.share * change.float()

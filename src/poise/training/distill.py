@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.nn.utils import parametrize
 
-from poise.core.errors import PoiseError
+from poise.core.errors import PoiseError, UsageError
 from poise.core.format import Params, QTensor
+from poise.core.registry import parse_spec
 
 ROWS = 16
 """Positions whose distributions over the vocabulary are in memory at a time."""
@@ -148,6 +149,21 @@ class Distill:
             return sum(float(divergence(model, teacher, part).detach()) * len(part) for part in parts) / len(
                 windows
             )
+
+
+def distill_of(spec: str) -> Distill:
+    """The training that a spec names: ``distill``, or ``distill(steps=100)``.
+
+    Raises:
+        UsageError: another name, or values it does not take.
+    """
+    name, arguments = parse_spec(spec)
+    if name != "distill":
+        raise UsageError(f"no training named {name!r}: there is distill")
+    try:
+        return Distill(**arguments)
+    except TypeError as error:
+        raise UsageError(f"{spec}: {error}") from error
 
 
 def divergence(model: Any, teacher: Any, windows: Sequence[Sequence[int]]) -> Tensor:

@@ -1,0 +1,170 @@
+"""What a run would do and need, told before anything is done."""
+
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from poise.core.checkpoint import Checkpoint
+from poise.core.linear import Linear
+from poise.core.plan import Plan, PlanRow
+from poise.core.registry import build
+from poise.core.run import peak_memory
+from poise.core.stats import Stats
+from poise.pipeline.reading import tokens_of, wants_hessian, wants_stats
+from poise.pipeline.spool import MEMORY
+from poise.pipeline.stream import BATCH_TOKENS, READ
+
+COPY_RATE = 150e6
+"""Source bytes a second that reading, writing and reading back take together, beside the solving."""
+SHARD = 500_000_000
+"""Bytes an exporter may hold before it writes."""
+LIBRARIES = 350_000_000
+"""Bytes of transformers' model code and compiled loops, which a dry run does not load."""
+REREAD = 2.4
+"""Block passes of the quantized stream: as far as each input group, and once to the end."""
+TRAINED = 14
+"""Bytes a weight of training: original in float32 and bfloat16, what parameters multiply, gradients."""
+PASSES = 9
+"""Products with each weight in a step of training: twice forward, and backward, with what is computed beside."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What a run would do and need, told before anything is done.
+
+    Attributes:
+        seconds: solving time, from a sample of every distinct (solver, format); reading, training and copying.
+        memory: peak resident bytes of the process.
+        disk: bytes that are written, unfinished state included.
+    """
+
+    out: Path
+    plan: Plan
+    source_bytes: int
+    artifact_bytes: int
+    seconds: float
+    memory: int
+    disk: int
+    free_disk: int
+
+
+def artifact_bytes(checkpoint: Checkpoint, plan: Plan) -> int:
+    """Bytes of all tensors as they are planned."""
+    planned = {row.name: row for row in plan.quantized}
+    total = 0.0
+    for name, info in checkpoint.tensors().items():
+        row = planned.get(name)
+        if row is None:
+            total += info.numel * checkpoint.dtype.itemsize
+        else:
+            total += build("format", str(row.format)).bits_per_weight(row.rows, row.columns) * info.numel / 8
+    return int(total)
+
+
+def free_disk(path: Path) -> int:
+    """Bytes that are free where a path is or will be."""
+    existing = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+    return shutil.disk_usage(existing).free
+
+
+def estimate(checkpoint: Checkpoint, plan: Plan, out: Path) -> Estimate:
+    """Reads only headers; rates of this machine are measured for a second or two."""
+    size = artifact_bytes(checkpoint, plan)
+    infos = checkpoint.tensors()
+    largest = max(infos[row.name].nbytes + 2 * infos[row.name].numel for row in plan.rows)
+    seconds, memory, spilled = _reading_cost(checkpoint, plan)
+    return Estimate(
+        out=out,
+        plan=plan,
+        source_bytes=checkpoint.total_bytes,
+        artifact_bytes=size,
+        seconds=_solving_seconds(plan) + checkpoint.total_bytes / COPY_RATE + seconds,
+        memory=peak_memory() + max(largest + SHARD, memory),
+        disk=2 * size + spilled,
+        free_disk=free_disk(out),
+    )
+
+
+def _reading_cost(checkpoint: Checkpoint, plan: Plan) -> tuple[float, int, int]:
+    """Seconds, bytes of memory and bytes of disk that reading and training take."""
+    if not wants_stats(plan) and plan.tune is None:
+        return 0.0, 0, 0
+    tokens = tokens_of(plan)
+    linears = {linear.name: linear for linear in checkpoint.linears()}
+    blocks: dict[int, list[Linear]] = {}
+    for linear in linears.values():
+        if linear.block is not None:
+            blocks.setdefault(linear.block, []).append(linear)
+    weights = sum(linear.numel for block in blocks.values() for linear in block)
+    passes, products = 1.0, 0.0
+    planned = {row.name: row for row in plan.quantized}
+    groups = {linears[name].input_group: linears[name].columns for name in planned}
+    if wants_hessian(plan):
+        passes += REREAD
+        products = sum(2.0 * columns**2 for columns in groups.values())
+    rate = _rate()
+    seconds = 2 * tokens * (weights * passes + products) / rate
+    memory, spilled = _stream_memory(list(blocks.values()), planned, tokens, wants_hessian(plan))
+    if plan.tune is not None:
+        from poise.training.distill import distill_of
+
+        steps = distill_of(plan.tune)
+        seconds += 2 * steps.steps * steps.batch * PASSES / 2 * weights / rate
+        memory = max(memory, TRAINED * sum(info.numel for info in checkpoint.tensors().values()))
+    return seconds, memory, spilled
+
+
+def _stream_memory(
+    blocks: Sequence[Sequence[Linear]], planned: dict[str, PlanRow], tokens: int, hessian: bool
+) -> tuple[int, int]:
+    """Bytes of memory and disk of the widest block: its weights, hidden states, statistics and their factor."""
+    most, spilled = 0, 0
+    for block in blocks:
+        hidden = min(linear.columns for linear in block)
+        states = 4 * tokens * hidden
+        largest = max(linear.numel for linear in block)
+        need = 4 * sum(linear.numel for linear in block) + 10 * largest
+        need += min(states, MEMORY) * (1 + hessian)
+        need += 4 * BATCH_TOKENS * (max(linear.rows + linear.columns for linear in block) * 2)
+        disk = max(0, states - MEMORY) * (1 + hessian)
+        groups = {linear.input_group: linear.columns for linear in block if linear.name in planned}
+        if hessian and groups:
+            n = max(groups.values())
+            need += sum(min(4 * tokens * columns, READ) for columns in groups.values())
+            disk += sum(max(0, 4 * tokens * columns - READ) for columns in groups.values())
+            need += n * n * (4 + 4 + 2 * 8 + 4)
+        most, spilled = max(most, need), max(spilled, disk)
+    return most + LIBRARIES, spilled
+
+
+def _rate() -> float:
+    """Floating-point operations a second of a product of matrices, timed here."""
+    x, w = torch.ones(1024, 2048), torch.ones(2048, 2048)
+    x @ w
+    start = time.perf_counter()
+    x @ w
+    return 2 * x.numel() * 2048 / (time.perf_counter() - start)
+
+
+def _solving_seconds(plan: Plan) -> float:
+    """Times every distinct (solver, format) on one slab of random weights."""
+    weights: dict[tuple[str, str], int] = {}
+    for row in plan.quantized:
+        key = (str(row.solver), str(row.format))
+        weights[key] = weights.get(key, 0) + row.rows * row.columns
+    total = 0.0
+    sample = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))
+    moment = sample.T @ sample / 1024 + torch.eye(1024)
+    stats = Stats(
+        second_moment=moment.diagonal().clone(), hessian=moment, cross=moment, n_tokens=4096, data_hash=""
+    )
+    for (solver, format), count in weights.items():
+        build("solver", solver).solve(sample[:8], build("format", format), stats)
+        start = time.perf_counter()
+        build("solver", solver).solve(sample, build("format", format), stats)
+        total += (time.perf_counter() - start) * count / sample.numel()
+    return total
