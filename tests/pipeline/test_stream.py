@@ -1,0 +1,171 @@
+"""Solving block by block: what is collected, what layers read, and that nothing depends on how it is cut."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from test_quantize import contents
+
+import poise
+from poise.checkpoints import open_checkpoint
+from poise.core.solver import Solver
+from poise.pipeline import stream
+from poise.pipeline.spool import Spool
+from poise.planning.presets import preset_recipe
+from poise.solvers.rtn import Rtn
+
+RECIPE = preset_recipe("balanced", 3, 32)
+
+
+@pytest.fixture
+def stats_seen(monkeypatch):
+    """name -> statistics that the solver got."""
+    seen = {}
+    whole = Solver.solve
+
+    def noting(self, weight, format, stats=None, name="", start=None):
+        if stats is not None:
+            seen[name] = stats
+        return whole(self, weight, format, stats, name, start)
+
+    monkeypatch.setattr(Solver, "solve", noting)
+    from poise.core.solver import Chain
+
+    monkeypatch.setattr(Chain, "solve", noting, raising=False)
+    return seen
+
+
+def outcomes(folder):
+    record = json.loads(folder.with_name(folder.name + ".run.json").read_text())
+    return {item["name"]: item for item in record["matrices"]}
+
+
+def test_statistics_do_not_depend_on_the_batch(llama, tmp_path, stats_seen, monkeypatch):
+    first = {}
+    for batch in (4096, 700):
+        monkeypatch.setattr(stream, "BATCH_TOKENS", batch)
+        poise.quantize(llama, RECIPE, tmp_path / str(batch), to="compressed-tensors")
+        first = first or dict(stats_seen)
+    name = "model.layers.0.self_attn.q_proj.weight"  # later ones read codes that rounding errors may flip
+    assert torch.allclose(first[name].hessian, stats_seen[name].hessian, rtol=1e-4, atol=1e-6)
+    assert torch.allclose(first[name].cross, stats_seen[name].cross, rtol=1e-4, atol=1e-6)
+    assert first[name].n_tokens == stats_seen[name].n_tokens
+
+
+def test_statistics_are_those_of_the_whole_model(llama, tmp_path, stats_seen):
+    """The original's inputs, hooked in the model as transformers runs it."""
+    poise.quantize(llama, "mobile", tmp_path / "out")
+    from poise.calibration.text import load_text
+    from poise.core.registry import get
+
+    checkpoint = open_checkpoint(llama)
+    windows = load_text(None, "calibration").windows(checkpoint.tokenizer(), 128)
+    sums = {}
+    with get("engine", "torch")(dtype="float32") as engine:
+        engine.load(checkpoint)
+        for name in ("model.layers.1.mlp.down_proj", "model.layers.0.self_attn.o_proj", "lm_head"):
+            engine.model.get_submodule(name).register_forward_pre_hook(
+                lambda _, args, name=name: sums.setdefault(name, []).append(
+                    args[0][0].double().square().mean(0)
+                )
+            )
+        used = stats_seen["lm_head.weight"].n_tokens // 128
+        for window in windows[:used]:
+            engine.logits(window)
+    for name, parts in sums.items():
+        expected = torch.stack(parts).mean(0)
+        assert torch.allclose(stats_seen[f"{name}.weight"].second_moment.double(), expected, rtol=1e-4)
+
+
+def test_layers_read_what_quantized_layers_give(llama, tmp_path, stats_seen):
+    poise.quantize(llama, RECIPE, tmp_path / "out", to="compressed-tensors")
+    first = stats_seen["model.layers.0.self_attn.q_proj.weight"]
+    assert torch.equal(first.hessian, first.cross)  # nothing is quantized before it
+    for name, stats in stats_seen.items():
+        if "layers.0.self_attn.q" not in name and "layers.0.self_attn.k" not in name:
+            if "layers.0.self_attn.v" not in name:
+                assert not torch.equal(stats.hessian, stats.cross), name
+
+
+def test_every_matrix_is_better_than_rounding_to_nearest(llama, tmp_path):
+    poise.quantize(llama, RECIPE, tmp_path / "out", to="compressed-tensors")
+    found = outcomes(tmp_path / "out")
+    assert len(found) == 14
+    for item in found.values():
+        assert item["output_error"] < 0.7 * item["nearest"]
+        assert item["seconds"] > 0 and item["tokens"] > 0
+
+
+@pytest.mark.parametrize("preset", ["balanced", "best"])
+def test_a_run_that_was_interrupted_anywhere_resumes_to_the_same_bytes(llama, tmp_path, monkeypatch, preset):
+    recipe = preset_recipe(preset, 3, 32)
+    if recipe.tune:
+        recipe = dataclasses.replace(recipe, tune="distill(steps=4, every=2)", tokens=4096)
+    poise.quantize(llama, recipe, tmp_path / "whole", to="compressed-tensors")
+    whole = stream.solve_matrix
+    for after in (1, 5, 3):
+        left = [after]
+
+        def interrupted(*args, left=left):
+            if not left[0]:
+                raise KeyboardInterrupt
+            left[0] -= 1
+            return whole(*args)
+
+        monkeypatch.setattr(stream, "solve_matrix", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            poise.quantize(llama, recipe, tmp_path / "out", to="compressed-tensors", resume=True)
+    monkeypatch.setattr(stream, "solve_matrix", whole)
+    poise.quantize(llama, recipe, tmp_path / "out", to="compressed-tensors", resume=True)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_what_is_doubtful_is_in_the_record(model_factory, copy_of, tmp_path):
+    """A norm that silences an input, and fewer tokens than a Hessian wants."""
+    from safetensors.torch import load_file, save_file
+
+    model = copy_of(model_factory("llama"))
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.0.input_layernorm.weight"][3] = 0
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    recipe = dataclasses.replace(RECIPE, tokens=128)
+    poise.quantize(model, recipe, tmp_path / "out", to="compressed-tensors")
+    found = outcomes(tmp_path / "out")
+    said = " ".join(found["model.layers.0.self_attn.q_proj.weight"]["warnings"])
+    assert "1 of 64 inputs were always zero" in said
+    assert "poorly known" in said
+
+
+def test_presets_shrink_every_architecture(model_factory, tmp_path):
+    for name in ("mistral", "gpt2", "mixtral", "gemma3_text", "qwen3_moe", "phi3"):
+        recipe = preset_recipe("balanced", 4, 32)
+        poise.quantize(model_factory(name), recipe, tmp_path / name, to="gguf")
+        found = outcomes(tmp_path / name)
+        better = [item["output_error"] < item["nearest"] for item in found.values() if item["tokens"]]
+        assert len(better) > 4 and all(better)
+
+
+def test_spool_gives_back_what_it_took_from_memory_and_from_disk(tmp_path):
+    values = [
+        torch.randn(5, number + 1, generator=torch.Generator().manual_seed(number)) for number in range(6)
+    ]
+    for budget in (0, 150, 1 << 20):
+        spool = Spool(tmp_path / str(budget), budget)
+        for value in values:
+            spool.append(value)
+        assert all(torch.equal(a, b) for a, b in zip(spool, values, strict=True))
+        spool[2] = values[5]
+        spool[5] = values[0]
+        assert torch.equal(spool[2], values[5]) and torch.equal(spool[5], values[0])
+        assert len(spool) == 6
+        on_disk = list((tmp_path / str(budget)).glob("*")) if budget < 1 << 20 else []
+        assert bool(on_disk) == (budget < 1 << 20)
+
+
+def test_rounding_to_nearest_reads_nothing(llama, tmp_path, stats_seen):
+    recipe = preset_recipe("balanced", 4, 32)
+    rules = tuple(dataclasses.replace(rule, solver="rtn") for rule in recipe.rules)
+    poise.quantize(llama, dataclasses.replace(recipe, rules=rules), tmp_path / "out", to="gguf")
+    assert not stats_seen
+    assert isinstance(Rtn(), Solver)

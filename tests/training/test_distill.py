@@ -1,0 +1,151 @@
+"""Distillation: exact gradients, codes that stay, and a divergence that falls on text that was held back."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+
+from poise.checkpoints import open_checkpoint
+from poise.core.errors import PoiseError, UsageError
+from poise.core.registry import build, get
+from poise.training.distill import Distill, _attach, _Divergence, distill_of
+
+SPECS = [
+    "int(bits=4, group=32)",
+    "int(bits=4, group=32, symmetric=False)",
+    "int(bits=4, group=32, symmetric=False, zero='minimum')",
+    "nf(bits=4, group=32)",
+]
+
+
+def text(seed, count=24, length=48):
+    dice = torch.Generator().manual_seed(seed)
+    return torch.randint(3, 320, (count, length), generator=dice).tolist()
+
+
+@pytest.fixture
+def pair(model_factory):
+    """The tiny Llama as a trainable model and its bfloat16 copy."""
+    with get("engine", "torch")(dtype="float32") as engine:
+        engine.load(open_checkpoint(model_factory("llama")))
+        model = engine.model
+        with torch.no_grad():  # random weights this small would predict every token alike
+            for value in model.parameters():
+                if value.dim() == 2:
+                    value.mul_(6)
+        yield model, copy.deepcopy(model).to(torch.bfloat16)
+
+
+def quantized(model, spec):
+    format = build("format", spec).resolve("float16")
+    return {
+        name: build("solver", "rtn").solve(value.detach(), format)
+        for name, value in model.named_parameters()
+        if value.dim() == 2 and "layers" in name
+    }
+
+
+def spoiled(weight):
+    """Every third scale a fifth too large."""
+    scale = weight.params["scale"].clone()
+    scale.view(-1)[::3] *= 1.2
+    return dataclasses.replace(weight, params={**weight.params, "scale": scale})
+
+
+def test_the_divergence_and_its_gradient_are_those_of_autograd():
+    dice = torch.Generator().manual_seed(0)
+    states, wanted = torch.randn(37, 8, generator=dice), torch.randn(37, 8, generator=dice)
+    head, original = torch.randn(50, 8, generator=dice), torch.randn(50, 8, generator=dice)
+    states.requires_grad_(True)
+    found = _Divergence.apply(states, wanted, head, original)
+    found.backward()
+    gradient, states.grad = states.grad, None
+    theirs = torch.log_softmax(wanted @ original.T, -1)
+    ours = torch.log_softmax(states @ head.T, -1)
+    expected = (theirs.exp() * (theirs - ours)).sum(-1).mean()
+    expected.backward()
+    assert torch.allclose(found, expected, rtol=1e-5)
+    assert torch.allclose(gradient, states.grad, atol=1e-6)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_the_attached_weight_is_the_decoded_one_and_passes_gradients(pair, spec):
+    model, _ = pair
+    name = "model.layers.0.mlp.down_proj.weight"
+    weight = quantized(model, spec)[name]
+    part = _attach(model, name, weight, transposed=False)
+    module = model.get_submodule(name.removesuffix(".weight"))
+    assert torch.allclose(module.weight.float(), weight.decode(), rtol=2e-2, atol=4e-3)
+    for value in part.linear.values():
+        value.requires_grad_(True)
+    probe = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+    (module.weight.float() * probe).sum().backward()
+    for key, basis in weight.format.basis(weight.codes, weight.params).items():
+        expected = (basis * probe).view(len(basis), -1, 32).sum(-1)
+        assert torch.allclose(
+            part.linear[key].grad, expected, rtol=0.05, atol=0.05 * float(expected.abs().max())
+        )
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_tuning_mends_spoiled_scales_and_keeps_the_codes(pair, spec):
+    model, teacher = pair
+    weights = {name: spoiled(weight) for name, weight in quantized(model, spec).items()}
+    seen = []
+    tuned = Distill(steps=30, batch=192, every=10).run(
+        model, teacher, weights, frozenset(), text(0), lambda *facts: seen.append(facts)
+    )
+    assert tuned.after < 0.7 * tuned.before
+    assert [facts[0] for facts in seen] == [10, 20, 30]
+    for name, weight in tuned.weights.items():
+        assert torch.equal(weight.codes, weights[name].codes)
+        assert {key: value.dtype for key, value in weight.params.items()} == {
+            key: value.dtype for key, value in weights[name].params.items()
+        }
+    assert any(
+        not torch.equal(w.params["scale"], weights[n].params["scale"]) for n, w in tuned.weights.items()
+    )
+
+
+def test_training_that_only_hurts_is_given_up(pair):
+    model, teacher = pair
+    weights = quantized(model, SPECS[1])
+    norms = {name: value.detach().clone() for name, value in model.named_parameters() if value.dim() == 1}
+    wild = Distill(steps=4, batch=192, every=2, scale_rate=50.0, norm_rate=50.0)
+    tuned = wild.run(model, teacher, weights, frozenset(), text(0), lambda *_: None)
+    assert tuned.after == tuned.before and tuned.steps == 0
+    for name, weight in tuned.weights.items():
+        assert torch.equal(weight.params["scale"], weights[name].params["scale"])
+    assert all(torch.equal(tuned.norms[name], value) for name, value in norms.items())
+
+
+def test_equal_seeds_give_equal_results(model_factory):
+    found = []
+    for _ in range(2):
+        with get("engine", "torch")(dtype="float32") as engine:
+            engine.load(open_checkpoint(model_factory("llama")))
+            weights = quantized(engine.model, SPECS[0])
+            teacher = copy.deepcopy(engine.model).to(torch.bfloat16)
+            found.append(
+                Distill(steps=3, batch=96, every=1).run(
+                    engine.model, teacher, weights, frozenset(), text(0), lambda *_: None
+                )
+            )
+    assert found[0].after == found[1].after
+    for name, weight in found[0].weights.items():
+        assert torch.equal(weight.params["scale"], found[1].weights[name].params["scale"])
+
+
+def test_a_single_window_is_refused(pair):
+    model, teacher = pair
+    with pytest.raises(PoiseError, match="too few"):
+        Distill().run(model, teacher, {}, frozenset(), text(0, 1), lambda *_: None)
+
+
+def test_specs():
+    assert distill_of("distill(steps=7)").steps == 7
+    with pytest.raises(UsageError, match="distill"):
+        distill_of("lora")
+    with pytest.raises(UsageError, match="stepz"):
+        distill_of("distill(stepz=7)")
