@@ -6,15 +6,20 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from poise.core.errors import UsageError
+from poise.core.errors import FormatError, UsageError
 from poise.core.format import Format, Params, QTensor
+from poise.core.registry import spec_of
 from poise.core.solver import Solver
 from poise.core.stats import Stats
-from poise.solvers._hessian import Factor, factorize
+from poise.solvers._hessian import Factor, damped, factorize
 from poise.solvers._ladders import Ladders, ladders_of
+from poise.solvers._majorize import majorize
 from poise.solvers._sweep import sweep
 
-Shared = tuple[Tensor | None, Factor | None]
+Shared = tuple[Tensor | None, Factor | Tensor | None]
+"""Importance of columns, and the factor of the Hessian; the Hessian itself for formats that round whole rows."""
+STEPS = 3
+"""Of descent for formats that round whole rows; ``refine`` goes on from there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,46 +64,72 @@ class Gptq(Solver):
         if stats is None:
             return None, None
         moment = stats.second_moment.float()
-        if stats.hessian is None or format.width == 0:
+        if stats.hessian is None:
             return moment, None
+        if format.width == 0:
+            return moment, damped(stats.hessian.float(), self.damp)
         return moment, factorize(stats.hessian, damp=self.damp, width=format.width, act_order=self.act_order)
 
     def solve_slab(
         self, weight: Tensor, format: Format, shared: Any, start: QTensor | None, noise: Tensor | None
     ) -> tuple[Tensor, Params]:
         importance, factor = shared
+        if isinstance(factor, Factor) and self.groups == "refit" and weight.numel():
+            return self._refitted(weight, format, importance, factor)
         params = format.fit(weight, importance)
         if factor is None or not weight.numel():
             return format.round(weight, params, importance, noise), params
+        if isinstance(factor, Tensor):
+            return majorize(weight, format, format.round(weight, params, importance), params, factor, STEPS)
         ladders = ladders_of(format, params, *weight.shape) if noise is None else None
         if ladders is None:
             return feed_back(weight, format, params, factor, noise), params
-        return self._compiled(weight, ladders, factor), params
-
-    def _compiled(self, weight: Tensor, ladders: Ladders, factor: Factor) -> Tensor:
-        rows, n = weight.shape
         work = weight[:, factor.order].contiguous()
-        group = ladders.group[factor.order].contiguous().numpy()
-        index = torch.empty(rows, n, dtype=torch.uint8)
-        for first in range(0, n, self.panel):
-            last = min(first + self.panel, n)
+        index = self._sweep(work, ladders._replace(group=ladders.group[factor.order]), factor, 0)
+        back = torch.empty_like(index)
+        back[:, factor.order] = index
+        return ladders.decode(back), params
+
+    def _sweep(self, work: Tensor, ladders: Ladders, factor: Factor, start: int) -> Tensor:
+        """Positions in the ladders of the columns from ``start`` on; ``work`` beyond them takes their errors."""
+        rows, n = work.shape
+        stop = start + len(ladders.group)
+        values, group = ladders.values.numpy(), ladders.group.contiguous().numpy()
+        index = torch.empty(rows, stop - start, dtype=torch.uint8)
+        for first in range(start, stop, self.panel):
+            last = min(first + self.panel, stop)
             panel = work[:, first:last].contiguous()
             error, part = torch.empty_like(panel), torch.empty(rows, last - first, dtype=torch.uint8)
             upper = factor.upper[first:last]
-            sweep(
-                panel.numpy(),
-                upper[:, first:last].contiguous().numpy(),
-                ladders.values.numpy(),
-                group[first:last],
-                part.numpy(),
-                error.numpy(),
-            )
-            index[:, first:last] = part
+            corner = upper[:, first:last].contiguous().numpy()
+            runs = group[first - start : last - start]
+            sweep(panel.numpy(), corner, values, runs, part.numpy(), error.numpy())
+            index[:, first - start : last - start] = part
             if last < n:
                 work[:, last:] -= error @ upper[:, last:]
-        back = torch.empty_like(index)
-        back[:, factor.order] = index
-        return ladders.decode(back)
+        return index
+
+    def _refitted(
+        self, weight: Tensor, format: Format, importance: Tensor | None, factor: Factor
+    ) -> tuple[Tensor, Params]:
+        """Parameters of every run of groups from what the sweep has made of it."""
+        rows, n = weight.shape
+        run = max(format.block, format.group_of(n))
+        if format.alphabet is None or format.tile_rows != 1 or n % run:
+            raise FormatError(
+                f'groups="refit" is for scalar formats whose groups divide a row; use groups="static" for {spec_of(format)}'
+            )
+        work, codes, params = weight.clone(), [], []
+        for first in range(0, n, run):
+            place = slice(first, first + run)
+            weigh = None if importance is None else importance[place]
+            part = format.fit(work[:, place].contiguous(), weigh)
+            ladders = ladders_of(format, part, rows, run)
+            assert ladders is not None  # it has an alphabet
+            codes.append(ladders.decode(self._sweep(work, ladders, factor, first)))
+            params.append(part)
+        joined = {key: torch.cat([part[key] for part in params], dim=1) for key in params[0]}
+        return torch.cat(codes, dim=1), joined
 
 
 def feed_back(weight: Tensor, format: Format, params: Params, factor: Factor, noise: Tensor | None) -> Tensor:

@@ -11,6 +11,7 @@ from poise.core.solver import Solver
 from poise.core.stats import Stats
 from poise.solvers._hessian import damped
 from poise.solvers._ladders import ladders_of
+from poise.solvers._majorize import majorize
 from poise.solvers._sweep import descend
 
 
@@ -58,6 +59,8 @@ class Refine(Solver):
         codes, params = start.codes, start.params
         if hessian is None or not weight.numel():
             return codes, params
+        if format.width == 0:
+            return majorize(weight, format, codes, params, hessian, self.rounds)
         for _ in range(self.rounds):
             codes, moved = descend_codes(weight, format, codes, params, hessian, self.passes)
             if not self.scales or not format.linear:
@@ -106,7 +109,8 @@ def _descend_units(
             new = format.round(wish.contiguous(), part, block.diagonal())
             delta = format.decode(new, part) - old
             gain = 2 * (delta * gradient[:, place]).sum(1) - ((delta @ block) * delta).sum(1)
-            better = gain > 1e-6 * ((old @ block) * old).sum(1)
+            least = 1e-6 * ((old @ block) * old).sum(1)
+            better = _by_tiles(gain - least, format.tile_rows) > 0
             if not bool(better.any()):
                 continue
             moved += int(better.sum())
@@ -116,6 +120,14 @@ def _descend_units(
         if not moved:
             break
     return codes, total
+
+
+def _by_tiles(gain: Tensor, tile_rows: int) -> Tensor:
+    """Gains [rows] summed over the rows whose codes hang together, each row with the sum of its tile."""
+    if tile_rows <= 1:
+        return gain
+    tiles = torch.arange(len(gain)) // tile_rows
+    return torch.zeros(int(tiles[-1]) + 1).index_add_(0, tiles, gain)[tiles]
 
 
 def refit(
