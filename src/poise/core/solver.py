@@ -41,7 +41,7 @@ class Solver(ABC):
         """Names of the ``Stats`` that this very solver uses: ``needs``, unless its fields say otherwise."""
         return self.needs
 
-    def target(self, weight: Tensor, stats: Stats | None) -> Tensor:
+    def target(self, weight: Tensor, format: Format, stats: Stats | None) -> Tensor:
         """The real weight that codes should come near to, [rows, columns]."""
         return weight
 
@@ -108,7 +108,7 @@ class Solver(ABC):
         self, weight: Tensor, format: Format, stats: Stats | None, start: QTensor | None
     ) -> QTensor:
         """Rows that have one Hessian."""
-        return self._attain(self.target(weight, stats), format, stats, start)
+        return self._attain(self.target(weight, format, stats), format, stats, start)
 
     def _attain(self, weight: Tensor, format: Format, stats: Stats | None, start: QTensor | None) -> QTensor:
         """Codes for a target."""
@@ -149,7 +149,7 @@ class Chain(Solver):
         self, weight: Tensor, format: Format, stats: Stats | None, start: QTensor | None
     ) -> QTensor:
         for step in self.steps:
-            weight = step.target(weight, stats)
+            weight = step.target(weight, format, stats)
             start = step._attain(weight, format, stats, start)
         assert start is not None  # a chain has steps
         return start

@@ -1,6 +1,8 @@
 """What is known of the activation that a group of linears reads."""
 
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +30,7 @@ class Stats:
     hessian: Tensor | None = None
     cross: Tensor | None = None
     output: Tensor | None = None
+    _derived: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.second_moment.dim() != 1:
@@ -39,6 +42,12 @@ class Stats:
             value = getattr(self, name)
             if value is not None and tuple(value.shape[-2:]) != (n, n):
                 raise ValueError(f"{name} must be [{n}, {n}], got {list(value.shape)}")
+
+    def derive(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What follows from these statistics alone, made once: linears that read the same input share it."""
+        if key not in self._derived:
+            self._derived[key] = make()
+        return self._derived[key]
 
     @property
     def known(self) -> frozenset[str]:

@@ -287,6 +287,7 @@ class _Moments:
         self.square: dict[str, Tensor] = {}
         self.hessian: dict[str, Tensor] = {}
         self.cross: dict[str, Tensor] = {}
+        self.made: dict[str, Stats] = {}
 
     def add(self, group: str, x: Tensor) -> None:
         batch = self.batches[group] = self.batches.get(group, -1) + 1
@@ -299,7 +300,7 @@ class _Moments:
             _add_product(self.cross, group, self.original[group][batch], x)
 
     def stats(self, linear: Linear, data_hash: str) -> Stats | None:
-        """Of what a linear reads; None if it read nothing.
+        """Of what a linear reads, to be asked when all was added; None if it read nothing.
 
         Raises:
             PoiseError: an activation was not finite; names the layer.
@@ -307,8 +308,15 @@ class _Moments:
         group = linear.input_group
         if not self.count.get(group):
             return None
+        if group not in self.made:
+            self.made[group] = self._make(linear, data_hash)
+        return self.made[group]
+
+    def _make(self, linear: Linear, data_hash: str) -> Stats:
+        """Sums become means in place: of a wide layer there is no room for both."""
+        group = linear.input_group
         n = self.count[group]
-        moment = (self.square[group] / n).float()
+        moment = (self.square.pop(group) / n).float()
         if not bool(torch.isfinite(moment).all()):
             refuse_damaged(self.checkpoint)
             raise PoiseError(
@@ -318,8 +326,8 @@ class _Moments:
             second_moment=moment,
             n_tokens=n,
             data_hash=data_hash,
-            hessian=self.hessian[group] / n if self.full else None,
-            cross=self.cross[group] / n if group in self.cross else None,
+            hessian=self.hessian.pop(group).div_(n) if self.full else None,
+            cross=self.cross.pop(group).div_(n) if group in self.cross else None,
         )
 
 

@@ -57,7 +57,7 @@ def sweep(w: Floats, upper: Floats, ladders: Floats, group: Ints, index: Ints, e
 @fast
 def descend(
     value: Floats, gradient: Floats, hessian: Floats, ladders: Floats, group: Ints, index: Ints, passes: int
-) -> int:
+) -> None:
     """Moves codes one by one to where the squared error under the Hessian is least, until none moves.
 
     With e = w - w' the objective of a row is e H e^T and the gradient here is e H. For a column alone the best value
@@ -67,16 +67,12 @@ def descend(
         value: [rows, n], the decoded weights w'; changed in place, like ``gradient`` and ``index``.
         gradient: [rows, n], (w - w') H.
         hessian: [n, n], symmetric.
-
-    Returns:
-        how many codes moved.
     """
     rows, n = value.shape
-    moved = 0
     for r in range(rows):
         slope = gradient[r]
         for _ in range(passes):
-            before = moved
+            moved = False
             for j in range(n):
                 stiff = hessian[j, j]
                 if stiff <= 0:
@@ -91,10 +87,9 @@ def descend(
                     continue
                 index[r, j] = k
                 value[r, j] = ladder[k]
-                moved += 1
+                moved = True
                 line = hessian[j]
                 for i in range(n):
                     slope[i] -= delta * line[i]
-            if moved == before:
+            if not moved:
                 break
-    return moved

@@ -6,12 +6,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from poise.core.format import Format
 from poise.core.stats import Stats
-from poise.solvers._hessian import cholesky
 from poise.solvers.gptq import Gptq
 
 ROWS = 1024
-"""Rows of a weight that are in float64 at a time."""
+"""Rows of a weight that are corrected at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,15 +30,15 @@ class Gptaq(Gptq):
 
     share: float = 0.5
 
-    def target(self, weight: Tensor, stats: Stats | None) -> Tensor:
+    def target(self, weight: Tensor, format: Format, stats: Stats | None) -> Tensor:
         if stats is None or stats.hessian is None or stats.cross is None:
             return weight
-        lower = cholesky(stats.hessian, self.damp)
+        factor = self.factor(format, stats)
         drift = stats.cross - stats.hessian
         moved = torch.empty(weight.shape)
         for start in range(0, len(weight), ROWS):
-            rows = slice(start, start + ROWS)
-            slab = weight[rows].float()
-            change = torch.cholesky_solve((slab @ drift).double().T, lower).T
-            moved[rows] = slab + self.share * change.float()
+            slab = weight[start : start + ROWS].float()
+            change = (slab @ drift)[:, factor.order] @ factor.upper.T @ factor.upper  # H^-1 = U^T U
+            moved[start : start + ROWS] = slab
+            moved[start : start + ROWS, factor.order] += self.share * change
         return moved

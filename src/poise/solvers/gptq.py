@@ -1,7 +1,7 @@
 """Error feedback: what one column loses, the columns after it make up for (GPTQ, block LDLQ)."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -68,7 +68,19 @@ class Gptq(Solver):
             return moment, None
         if format.width == 0:
             return moment, damped(stats.hessian.float(), self.damp)
-        return moment, factorize(stats.hessian, damp=self.damp, width=format.width, act_order=self.act_order)
+        return moment, self.factor(format, stats)
+
+    def factor(self, format: Format, stats: Stats) -> Factor:
+        """Of the Hessian, made once for all weights that read the same input."""
+        hessian, width = stats.hessian, max(1, format.width)
+        assert hessian is not None  # it was looked for
+        return cast(
+            Factor,
+            stats.derive(
+                (self.damp, width, self.act_order),
+                lambda: factorize(hessian, damp=self.damp, width=width, act_order=self.act_order),
+            ),
+        )
 
     def solve_slab(
         self, weight: Tensor, format: Format, shared: Any, start: QTensor | None, noise: Tensor | None

@@ -27,7 +27,8 @@ class Refine(Solver):
     Without codes to begin from it begins with ``search``; without a Hessian it changes nothing.
 
     Attributes:
-        rounds: of codes and parameters; fewer if nothing changes.
+        rounds: of codes and parameters, at most.
+        least: share of the objective that a round must gain, or it is the last.
         passes: over the columns of a row in one round.
         damp: as in ``gptq``.
     """
@@ -35,6 +36,7 @@ class Refine(Solver):
     needs: ClassVar[frozenset[str]] = frozenset({"second_moment", "hessian"})
 
     rounds: int = 6
+    least: float = 2e-3
     passes: int = 4
     damp: float = 0.01
     scales: bool = True
@@ -61,46 +63,50 @@ class Refine(Solver):
             return codes, params
         if format.width == 0:
             return majorize(weight, format, codes, params, hessian, self.rounds)
+        before = torch.inf
         for _ in range(self.rounds):
-            codes, moved = descend_codes(weight, format, codes, params, hessian, self.passes)
-            if not self.scales or not format.linear:
+            codes, now = descend_codes(weight, format, codes, params, hessian, self.passes)
+            if not self.scales or not format.linear or now > (1 - self.least) * before:
                 break
-            params, changed = refit(weight, format, codes, params, hessian)
-            if not moved and not changed:
-                break
+            params, before = refit(weight, format, codes, params, hessian), now
         return codes, params
 
 
 def descend_codes(
     weight: Tensor, format: Format, codes: Tensor, params: Params, hessian: Tensor, passes: int
-) -> tuple[Tensor, int]:
-    """Codes after coordinate descent, and how many moved."""
-    ladders = ladders_of(format, params, *weight.shape)
-    if ladders is None:
-        return _descend_units(weight, format, codes, params, hessian, passes)
+) -> tuple[Tensor, float]:
+    """Codes after coordinate descent, and the objective then."""
     value = format.decode(codes, params).contiguous()
     gradient = ((weight - value) @ hessian).contiguous()
-    index = ladders.index_of(codes)
-    moved = descend(
-        value.numpy(),
-        gradient.numpy(),
-        hessian.numpy(),
-        ladders.values.numpy(),
-        ladders.group.numpy(),
-        index.numpy(),
-        passes,
-    )
-    return (ladders.decode(index) if moved else codes), moved
+    ladders = ladders_of(format, params, *weight.shape)
+    if ladders is None:
+        codes = _descend_units(format, codes, params, gradient, hessian, passes)
+        value = format.decode(codes, params)
+    else:
+        index = ladders.index_of(codes)
+        descend(
+            value.numpy(),
+            gradient.numpy(),
+            hessian.numpy(),
+            ladders.values.numpy(),
+            ladders.group.numpy(),
+            index.numpy(),
+            passes,
+        )
+        codes = ladders.decode(index)
+    return codes, float(((weight - value) * gradient).sum())
 
 
 def _descend_units(
-    weight: Tensor, format: Format, codes: Tensor, params: Params, hessian: Tensor, passes: int
-) -> tuple[Tensor, int]:
-    """The same for units of several columns, all rows at once: a row's move is kept where it lowers the objective."""
-    codes, width, total = codes.clone(), format.width, 0
-    gradient = (weight - format.decode(codes, params)) @ hessian
+    format: Format, codes: Tensor, params: Params, gradient: Tensor, hessian: Tensor, passes: int
+) -> Tensor:
+    """The same for units of several columns, all rows at once: a row's move is kept where it lowers the objective.
+
+    ``gradient`` is kept up to date.
+    """
+    codes, width = codes.clone(), format.width
     for _ in range(passes):
-        moved = 0
+        moved = False
         for unit in range(codes.shape[1]):
             place = slice(unit * width, (unit + 1) * width)
             part, block = format.at(params, place), hessian[place, place]
@@ -113,13 +119,12 @@ def _descend_units(
             better = _by_tiles(gain - least, format.tile_rows) > 0
             if not bool(better.any()):
                 continue
-            moved += int(better.sum())
+            moved = True
             codes[better, unit : unit + 1] = new[better]
             gradient[better] -= delta[better] @ hessian[place]
-        total += moved
         if not moved:
             break
-    return codes, total
+    return codes
 
 
 def _by_tiles(gain: Tensor, tile_rows: int) -> Tensor:
@@ -130,14 +135,11 @@ def _by_tiles(gain: Tensor, tile_rows: int) -> Tensor:
     return torch.zeros(int(tiles[-1]) + 1).index_add_(0, tiles, gain)[tiles]
 
 
-def refit(
-    weight: Tensor, format: Format, codes: Tensor, params: Params, hessian: Tensor
-) -> tuple[Params, bool]:
-    """Linear parameters, each at its least-squares value in turn; and whether any changed."""
+def refit(weight: Tensor, format: Format, codes: Tensor, params: Params, hessian: Tensor) -> Params:
+    """Linear parameters, each at its least-squares value in turn."""
     new = {key: value.clone() for key, value in params.items()}
     columns = weight.shape[1]
     gradient = (weight - format.decode(codes, params)) @ hessian
-    changed = False
     for key, part in format.basis(codes, params).items():
         span = format.span_of(key, columns)
         for entry in range(new[key].shape[1]):
@@ -154,8 +156,7 @@ def refit(
             better = torch.isfinite(stored) & (2 * delta * slope > delta.square() * stiff) & (stored != 0)
             if not bool(better.any()):
                 continue
-            changed = True
             delta = torch.where(better, delta, 0.0)
             new[key][:, entry] = torch.where(better, stored, old)
             gradient -= (delta.unsqueeze(1) * direction) @ hessian[place]
-    return new, changed
+    return new
