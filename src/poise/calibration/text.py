@@ -6,6 +6,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from poise.calibration.jsonl import read_documents
 from poise.core.errors import UsageError
 
 
@@ -46,12 +47,13 @@ class Text:
         return [[*opening, *tokens[start : start + step]] for start in starts][:limit]
 
 
-def load_text(path: str | Path | None, purpose: str) -> Text:
-    """A UTF-8 text file, or the short text that comes with Poise.
+def load_text(path: str | Path | None, purpose: str, tokenizer: Any = None) -> Text:
+    """A UTF-8 text file, JSON lines (``.jsonl``, see ``jsonl``), or the short text that comes with Poise.
 
     Args:
         purpose: ``evaluation`` or ``calibration``: which of the two built-in texts None stands for. They
             share no paragraph, so that a model is not judged on what it was calibrated on.
+        tokenizer: of the model, whose chat template conversations get.
 
     Raises:
         UsageError: the file cannot be read or is empty.
@@ -62,9 +64,12 @@ def load_text(path: str | Path | None, purpose: str) -> Text:
     try:
         content = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: not UTF-8 text (byte {error.start})") from error
+        line = error.object[: error.start].count(b"\n") + 1
+        raise UsageError(f"{path}: not UTF-8 text (line {line}, byte {error.start})") from error
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror})") from error
     if not content.strip():
         raise UsageError(f"{path}: is empty")
+    if Path(path).suffix == ".jsonl":
+        content = "\n\n".join(read_documents(Path(path), content, tokenizer))
     return Text(name=Path(path).name, content=content)

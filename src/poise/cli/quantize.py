@@ -29,7 +29,10 @@ def run(
     out: Annotated[Path, typer.Option("--out", "-o", help="folder to make")] = Path("quantized"),
     to: Annotated[list[str] | None, typer.Option(help="exporter; repeat for several. Default: gguf")] = None,
     calibration: Annotated[
-        str | None, typer.Option(help="text to calibrate on: a file. Default: a short one")
+        str | None,
+        typer.Option(
+            help="text or .jsonl file to calibrate on, or self: the model writes it. Default: self where it is needed"
+        ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="replace the output and any unfinished run")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="continue an unfinished run")] = False,

@@ -1,5 +1,6 @@
 """Provenance: what was run, from what, with which versions, and what it cost."""
 
+import os
 import platform
 import resource
 import subprocess
@@ -66,9 +67,15 @@ def resident_memory() -> int:
     return _status("VmRSS") or _peak_by_usage()
 
 
-def _status(key: str) -> int:
+def available_memory() -> int:
+    """Bytes that programs can still take, bytes; all of the machine's where the system does not tell."""
+    free = _status("MemAvailable", "/proc/meminfo")
+    return free or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _status(key: str, file: str = "/proc/self/status") -> int:
     try:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        lines = Path(file).read_text().splitlines()
     except OSError:
         return 0
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith(key)), 0)

@@ -6,6 +6,7 @@ here that integer engines apply (symmetric, dynamic, scale = absmax / (2^(b-1) -
 """
 
 import time
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -82,6 +83,20 @@ class Torch(Engine):
             seconds.append(time.perf_counter() - start)
             ids = torch.tensor([made[-1:]])
         return Generation(tokens=made, seconds=seconds)
+
+    def writer(self) -> Callable[[Tensor], Tensor]:
+        """Begins a batch of texts: takes their newest tokens [texts, n], answers with the next scores, [texts, vocabulary]."""
+        cache = None
+
+        @torch.no_grad()
+        def advance(new: Tensor) -> Tensor:
+            nonlocal cache
+            output = self._model(input_ids=new, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache = output.past_key_values
+            scores: Tensor = output.logits[:, -1]
+            return scores
+
+        return advance
 
     def close(self) -> None:
         self._model = None

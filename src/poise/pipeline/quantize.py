@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from poise.calibration.text import load_text
 from poise.checkpoints import open_checkpoint
 from poise.core.artifact import CARD, Artifact, Manifest, list_files, write_atomically, write_manifest
 from poise.core.checkpoint import Checkpoint
@@ -22,7 +21,7 @@ from poise.core.registry import get, name_of, names, parse_spec
 from poise.core.run import Run, commit, versions
 from poise.core.slabs import WEIGHTS, map_slabs, one_thread_each
 from poise.pipeline.estimate import Estimate, artifact_bytes, estimate, free_disk
-from poise.pipeline.reading import read_windows, wants_stats
+from poise.pipeline.reading import reading_of, tokens_of, wants_stats
 from poise.pipeline.stream import solve_plan
 from poise.pipeline.tuning import tune
 from poise.pipeline.workspace import Workspace, explain_full_disk
@@ -66,8 +65,9 @@ def quantize(
         recipe: name of a shipped recipe, a YAML file, a ``plan.json``, or one of these as an object.
         out: folder to make; with several exporters, one folder a name inside it.
         to: exporters.
-        calibration: UTF-8 text that the original reads, to learn which inputs of each layer matter; None for
-            the short text that comes with Poise. Only read if a planned solver uses statistics.
+        calibration: what the original reads, to learn which inputs of each layer matter: a UTF-8 text, JSON lines, or
+            ``self``, text that it writes itself. None for ``self`` where Hessians are wanted, for the short text that
+            comes with Poise where second moments will do. Only read if a planned solver uses statistics.
         force: replace what is at ``out`` and any unfinished run.
         resume: continue an unfinished run at the first matrix that is not done.
 
@@ -78,18 +78,18 @@ def quantize(
         PoiseError: see its subclasses; what was finished is kept for ``resume``.
     """
     run = Run(command=_command(model, recipe, to, calibration), inputs={})
-    text = load_text(calibration, "calibration")
     checkpoint = open_checkpoint(model)
     jobs = _jobs(checkpoint, recipe, Path(out), to)
     _check_disk(checkpoint, jobs)
     run.inputs["source"] = checkpoint.fingerprint()
-    run.inputs["calibration"] = text.hash
+    readings = [reading_of(checkpoint, job.plan, calibration) for job in jobs]
     artifacts = []
-    for job in jobs:
+    for job, reading in zip(jobs, readings, strict=True):
+        run.inputs["calibration"] = reading.hash
         key = {
             "source": run.inputs["source"],
             "plan": job.plan.hash,
-            "calibration": text.hash,
+            "calibration": reading.hash,
             "poise": versions()["poise"],
         }
         job.out.parent.mkdir(parents=True, exist_ok=True)
@@ -100,8 +100,10 @@ def quantize(
         with explain_full_disk(
             job.out.parent, f"free some and --resume: finished matrices are in {workspace.path}"
         ):
-            windows = read_windows(checkpoint, job.plan, text)
-            solve_plan(checkpoint, job.plan, windows, workspace, progress)
+            windows = reading.calibration(workspace, progress)
+            solve_plan(
+                checkpoint, job.plan, windows and windows.first(tokens_of(job.plan)), workspace, progress
+            )
             source = checkpoint
             if job.plan.tune is not None and windows is not None:
                 source = tune(checkpoint, job.plan, windows, workspace, progress)

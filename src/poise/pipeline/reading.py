@@ -1,10 +1,22 @@
 """What a model reads for a plan: how much text, in windows of which length."""
 
-from poise.calibration.text import Text
+import hashlib
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from poise.calibration.generated import write_windows
+from poise.calibration.text import Text, load_text
 from poise.core.checkpoint import Checkpoint
+from poise.core.errors import PoiseWarning
 from poise.core.plan import Plan
-from poise.core.registry import build
-from poise.pipeline.stream import Calibration
+from poise.core.registry import build, get
+from poise.core.run import available_memory
+from poise.pipeline.stream import Calibration, Progress
+from poise.pipeline.workspace import Workspace
+from poise.training.distill import distill_of
 
 DIAGONAL_WINDOW = 256
 """Tokens of a window of calibration text, where only second moments are wanted."""
@@ -19,18 +31,110 @@ HESSIAN_TOKENS = 16384
 """Tokens that Hessians need."""
 
 
-def read_windows(checkpoint: Checkpoint, plan: Plan, text: Text) -> Calibration | None:
-    """What the model reads, if a planned solver uses statistics or something is trained."""
-    if not wants_stats(plan) and plan.tune is None:
-        return None
-    length = HESSIAN_WINDOW if wants_hessian(plan) else DIAGONAL_WINDOW
-    length = min(length, checkpoint.context or length)
-    windows = text.windows(checkpoint.tokenizer(), length, limit=max(1, tokens_of(plan) // length))
-    return Calibration(windows=windows, hash=text.hash)
+SELF = "self"
+"""Asks for text that the model writes itself."""
+
+SEED = 0
+"""Of what the model writes."""
+
+ROOM = 0.5
+"""Share of the free memory that a model may take to write its own text when nobody asked for that."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What a model reads for one plan.
+
+    Attributes:
+        text: None for text that the model writes itself.
+    """
+
+    checkpoint: Checkpoint
+    plan: Plan
+    text: Text | None
+
+    @property
+    def length(self) -> int:
+        """Tokens of a window."""
+        length = HESSIAN_WINDOW if wants_hessian(self.plan) or self.plan.tune else DIAGONAL_WINDOW
+        return min(length, self.checkpoint.context or length)
+
+    @property
+    def hash(self) -> str:
+        """Of the text, or of what determines what the model writes."""
+        if self.text is not None:
+            return self.text.hash
+        return hashlib.sha256(f"{SELF} {SEED} {self.tokens} {self.length}".encode()).hexdigest()
+
+    @property
+    def tokens(self) -> int:
+        """That are wanted in all."""
+        trained = distill_of(self.plan.tune).tokens if self.plan.tune else 0
+        return max(tokens_of(self.plan), trained)
+
+    def calibration(self, workspace: Workspace, progress: Progress) -> Calibration | None:
+        """All windows, if a planned solver uses statistics or something is trained."""
+        if not wants_stats(self.plan) and self.plan.tune is None:
+            return None
+        limit = max(1, self.tokens // self.length)
+        if self.text is not None:
+            windows = self.text.windows(self.checkpoint.tokenizer(), self.length, limit)
+            return Calibration(windows=windows, hash=self.hash)
+        known = workspace.load_tensor("written")
+        if known is None:
+            known = torch.tensor(self._write(limit, progress), dtype=torch.int32)
+            workspace.store_tensor("written", known)
+        return Calibration(windows=known.tolist(), hash=self.hash)
+
+    def _write(self, windows: int, progress: Progress) -> list[list[int]]:
+        tokenizer = self.checkpoint.tokenizer()
+        opening = tokenizer("")["input_ids"][:1]
+        embedding = next(linear for linear in self.checkpoint.linears() if linear.role == "embedding")
+        with get("engine", "torch")(dtype="bfloat16") as engine:
+            engine.load(self.checkpoint)
+            return write_windows(
+                engine.writer,
+                windows=windows,
+                length=self.length,
+                opening=opening,
+                banned=sorted(set(tokenizer.all_special_ids)),
+                vocabulary=embedding.rows,
+                seed=SEED,
+                progress=lambda done, total: progress("write calibration text", done, total),
+            )
+
+
+def reading_of(checkpoint: Checkpoint, plan: Plan, calibration: str | Path | None) -> Reading:
+    """What a plan's model reads: a file, or what is fitting where nothing was given.
+
+    Second moments need little: the short text that comes with Poise serves them. For Hessians and training the model
+    writes its own text, if it has room to run in memory.
+
+    Raises:
+        UsageError: the file cannot be used.
+    """
+    if calibration == SELF:
+        return Reading(checkpoint=checkpoint, plan=plan, text=None)
+    if calibration is not None:
+        tokenizer = checkpoint.tokenizer() if Path(calibration).suffix == ".jsonl" else None
+        return Reading(
+            checkpoint=checkpoint, plan=plan, text=load_text(calibration, "calibration", tokenizer)
+        )
+    if wants_hessian(plan) or plan.tune is not None:
+        need = 2 * sum(info.numel for info in checkpoint.tensors().values())
+        if need < ROOM * available_memory():
+            return Reading(checkpoint=checkpoint, plan=plan, text=None)
+        warnings.warn(
+            f"the model would need {need / 1e9:.1f} GB to write its own calibration text; the short built-in one is too "
+            "little for Hessians: give --calibration FILE",
+            PoiseWarning,
+            stacklevel=2,
+        )
+    return Reading(checkpoint=checkpoint, plan=plan, text=load_text(None, "calibration"))
 
 
 def tokens_of(plan: Plan) -> int:
-    """Tokens that are read, if the text has as many."""
+    """Tokens that statistics are collected on, if the text has as many."""
     return plan.tokens or (HESSIAN_TOKENS if wants_hessian(plan) else DIAGONAL_TOKENS)
 
 

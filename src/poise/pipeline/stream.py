@@ -10,7 +10,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -75,9 +75,9 @@ class Calibration:
     windows: Sequence[Sequence[int]]
     hash: str
 
-    @property
-    def n_tokens(self) -> int:
-        return sum(len(window) for window in self.windows)
+    def first(self, tokens: int) -> "Calibration":
+        """No more windows than hold so many tokens, at least one."""
+        return replace(self, windows=self.windows[: max(1, tokens // len(self.windows[0]))])
 
 
 def solve_plan(

@@ -98,6 +98,17 @@ class Workspace:
     def _tuned(self) -> Path:
         return self.path / "tuned.safetensors"
 
+    def store_tensor(self, name: str, value: Tensor) -> None:
+        """Keeps a tensor that the run needs again when it is resumed."""
+        unfinished = self.path / f"{name}.new"
+        save_file({name: value}, unfinished)
+        os.replace(unfinished, self.path / f"{name}.safetensors")
+
+    def load_tensor(self, name: str) -> Tensor | None:
+        """What ``store_tensor`` kept, or None."""
+        file = self.path / f"{name}.safetensors"
+        return load_file(file)[name] if file.exists() else None
+
     def note(self, outcome: dict[str, Any]) -> None:
         """Keeps what solving a matrix came to."""
         with open(self.path / "outcomes.jsonl", "a", encoding="utf-8") as file:

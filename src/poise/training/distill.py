@@ -69,6 +69,11 @@ class Distill:
     every: int = 20
     seed: int = 0
 
+    @property
+    def tokens(self) -> int:
+        """Of text that training would read without reading any twice."""
+        return round(self.steps * self.batch / (1 - self.held))
+
     def run(
         self,
         model: Any,

@@ -1,0 +1,64 @@
+"""Text that a model writes itself: calibration without data.
+
+The first tokens are drawn from almost flat distributions, so that texts differ; from there on the temperature falls to
+one, so that they are what the model believes (Williams et al. 2025, Self-calibration for language model quantization and
+pruning, section 3; Liu et al. 2023, LLM-QAT, arXiv 2305.17888, begin with a random token likewise).
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+Advance = Callable[[Tensor], Tensor]
+"""Takes the newest tokens of all texts, [texts, n], and answers with the scores of the next ones, [texts, vocabulary]."""
+
+TEXTS = 32
+"""Texts that are written side by side."""
+HOT = 2.0
+"""Temperature of the first tokens."""
+COOL = 8
+"""Tokens after which it is one."""
+
+
+def write_windows(
+    begin: Callable[[], Advance],
+    *,
+    windows: int,
+    length: int,
+    opening: Sequence[int],
+    banned: Sequence[int],
+    vocabulary: int,
+    seed: int,
+    progress: Callable[[int, int], None],
+) -> list[list[int]]:
+    """Windows of exactly ``length`` tokens each.
+
+    Args:
+        begin: starts a batch of texts.
+        opening: tokens that open a text; one at random follows.
+        banned: tokens that are never drawn: those that end or pad a text.
+        vocabulary: how many tokens there are.
+    """
+    dice = torch.Generator().manual_seed(seed)
+    found: list[list[int]] = []
+    while len(found) < windows:
+        count = min(TEXTS, windows - len(found))
+        advance = begin()
+        allowed = torch.ones(vocabulary)
+        allowed[list(banned)] = 0
+        first = torch.multinomial(allowed.expand(count, -1), 1, generator=dice)
+        texts = torch.cat(
+            (torch.tensor([list(opening)] * count, dtype=torch.long).view(count, -1), first), dim=1
+        )
+        new = texts
+        while texts.shape[1] < length:
+            scores = advance(new).float()
+            scores[:, list(banned)] = -torch.inf
+            made = texts.shape[1] - len(opening)
+            heat = max(1.0, HOT - (HOT - 1) * made / COOL)
+            new = torch.multinomial(torch.softmax(scores / heat, -1), 1, generator=dice)
+            texts = torch.cat((texts, new), dim=1)
+            progress(len(found) * length + count * texts.shape[1], windows * length)
+        found += texts[:, :length].tolist()
+    return found
