@@ -83,7 +83,7 @@ def test_the_hash_is_of_the_content_alone(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"abc\xff", r"t\.txt: not UTF-8 text \(byte 3\)"),
+        (b"abc\xff", r"t\.txt: not UTF-8 text \(line 1, byte 3\)"),
         (b"", r"t\.txt: is empty"),
         (b" \n\t\n", r"t\.txt: is empty"),
         (None, r"t\.txt: cannot be read \(No such file or directory\)"),

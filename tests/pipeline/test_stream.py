@@ -82,10 +82,9 @@ def test_layers_read_what_quantized_layers_give(llama, tmp_path, stats_seen):
     poise.quantize(llama, RECIPE, tmp_path / "out", to="compressed-tensors")
     first = stats_seen["model.layers.0.self_attn.q_proj.weight"]
     assert torch.equal(first.hessian, first.cross)  # nothing is quantized before it
+    begun = tuple(f"model.layers.0.self_attn.{letter}_proj.weight" for letter in "qkv")
     for name, stats in stats_seen.items():
-        if "layers.0.self_attn.q" not in name and "layers.0.self_attn.k" not in name:
-            if "layers.0.self_attn.v" not in name:
-                assert not torch.equal(stats.hessian, stats.cross), name
+        assert torch.equal(stats.hessian, stats.cross) == (name in begun), name
 
 
 def test_every_matrix_is_better_than_rounding_to_nearest(llama, tmp_path):
@@ -93,7 +92,7 @@ def test_every_matrix_is_better_than_rounding_to_nearest(llama, tmp_path):
     found = outcomes(tmp_path / "out")
     assert len(found) == 14
     for item in found.values():
-        assert item["output_error"] < 0.7 * item["nearest"]
+        assert item["output_error"] < 0.8 * item["nearest"]
         assert item["seconds"] > 0
         assert item["tokens"] > 0
 

@@ -1,0 +1,84 @@
+"""What a plan's model reads: files, its own text, or the short text that comes with Poise."""
+
+import dataclasses
+
+import pytest
+from test_quantize import contents
+
+import poise
+from poise.checkpoints import open_checkpoint
+from poise.core.errors import PoiseWarning, UsageError
+from poise.core.plan import Plan, PlanRow
+from poise.pipeline import reading, stream
+from poise.pipeline.reading import reading_of
+from poise.planning.presets import preset_recipe
+
+
+def plan_of(solver, **changes):
+    row = PlanRow(
+        name="w", role="ffn.up", rows=8, columns=64, format="q8_0", solver=solver, activations=None, reason=""
+    )
+    return Plan(recipe="r", exporter="gguf", rows=(row,), **changes)
+
+
+def test_little_is_read_for_second_moments_and_own_text_for_hessians(llama):
+    checkpoint = open_checkpoint(llama)
+    assert reading_of(checkpoint, plan_of("search"), None).text.name == "the built-in calibration text"
+    assert reading_of(checkpoint, plan_of("gptq"), None).text is None
+    assert reading_of(checkpoint, plan_of("search"), "self").text is None
+    assert reading_of(checkpoint, plan_of("rtn", tune="distill"), None).text is None
+
+
+def test_a_model_without_room_reads_the_built_in_text_and_says_so(llama, monkeypatch):
+    monkeypatch.setattr(reading, "available_memory", lambda: 1000)
+    with pytest.warns(PoiseWarning, match="give --calibration FILE"):
+        found = reading_of(open_checkpoint(llama), plan_of("gptq"), None)
+    assert found.text is not None
+
+
+def test_hashes_tell_texts_apart(llama, tmp_path):
+    checkpoint = open_checkpoint(llama)
+    (tmp_path / "a.txt").write_text("some text")
+    readings = [reading_of(checkpoint, plan_of("gptq"), source) for source in (None, tmp_path / "a.txt")] + [
+        reading_of(checkpoint, plan_of("gptq", tokens=4096), None)
+    ]
+    assert len({item.hash for item in readings}) == 3
+
+
+def test_training_reads_as_much_as_it_uses(llama):
+    plan = plan_of("gptq", tokens=1024, tune="distill(steps=10, batch=512, held=0.2)")
+    found = reading_of(open_checkpoint(llama), plan, None)
+    assert found.tokens == 6400
+
+
+def test_own_text_is_written_once_and_kept_for_a_resumed_run(llama, tmp_path, monkeypatch):
+    recipe = dataclasses.replace(preset_recipe("balanced", 4, 32), tokens=512)
+    poise.quantize(llama, recipe, tmp_path / "whole", to="gguf")
+    calls = []
+    whole = reading.write_windows
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        return whole(*args, **kwargs)
+
+    monkeypatch.setattr(reading, "write_windows", counted)
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(stream, "solve_matrix", fail)
+        with pytest.raises(KeyboardInterrupt):
+            poise.quantize(llama, recipe, tmp_path / "out", to="gguf")
+    poise.quantize(llama, recipe, tmp_path / "out", to="gguf", resume=True)
+    assert len(calls) == 1
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_conversation_file_is_read_through_the_template(model_factory, copy_of, tmp_path):
+    (tmp_path / "chat.jsonl").write_text('{"messages": [{"role": "user", "content": "x"}]}')
+    with pytest.raises(UsageError, match="no chat template"):
+        poise.quantize(
+            model_factory("llama"), "mobile", tmp_path / "out", calibration=tmp_path / "chat.jsonl"
+        )
+    assert not (tmp_path / "out.partial").exists()
