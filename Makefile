@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 SMOLLM2 := $(VENV)/.smollm2
 WORKERS ?= 2
 
-.PHONY: demo test lint format docs bench bench-memory bench-speed bench-formats bench-decoding verify-vllm clean
+.PHONY: demo test lint format docs bench bench-memory bench-speed bench-formats bench-solvers bench-quality bench-decoding verify-vllm clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -50,6 +50,13 @@ bench-memory: $(INSTALLED)
 
 bench-formats: $(INSTALLED)
 	$(BIN)/python benchmarks/formats.py
+
+bench-solvers: $(SMOLLM2)
+	$(BIN)/python benchmarks/solvers.py
+
+# TEXT is a development text such as the validation split of WikiText-2.
+bench-quality: $(SMOLLM2)
+	$(BIN)/python benchmarks/quality.py --text $(TEXT)
 
 bench-decoding: $(SMOLLM2)
 	$(BIN)/python benchmarks/decoding.py

@@ -28,8 +28,11 @@ from poise.planning.grid import EXAMPLES
 BLOCK, NAME = 15, "model.layers.15.mlp.down_proj.weight"
 SOLVERS = ("rtn", "search", "gptq", "gptq -> refine")
 EXCEPT = {
-    "binary-lowrank": "a product of sign matrices: no columns to go through, and no step lowers the error"
+    "binary-lowrank": "a product of sign matrices has no columns to go through",
+    "float(dtype='float32')": "nothing is lost",
 }
+NOISE = 0.05
+"""The file holds 4-bit weights, which some formats would reproduce: so much noise, relative to the weights, is added."""
 OUT = Path(__file__).parents[1] / "docs" / "solvers.json"
 
 
@@ -52,7 +55,9 @@ def real_layer(model: Path, rows: int) -> tuple[torch.Tensor, Stats]:
         second_moment=hessian.diagonal().clone(), hessian=hessian, n_tokens=len(x), data_hash=text.hash
     )
     linear = next(linear for linear in checkpoint.linears() if linear.name == NAME)
-    return checkpoint.read_matrix(linear)[:rows].float(), stats
+    weight = checkpoint.read_matrix(linear)[:rows].float()
+    noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+    return weight + NOISE * weight.std() * noise, stats
 
 
 def main() -> None:
@@ -80,7 +85,7 @@ def main() -> None:
         )
         table.add_row(spec, f"{rows[-1]['bits']:.2f}", *(f"{error:.3g}" for error in errors))
         print(spec, *(f"{error:.4g}" for error in errors), file=sys.stderr, flush=True)
-        if not (errors[2] < errors[1] and errors[3] <= errors[2] * 1.0001) and spec not in EXCEPT:
+        if not (errors[2] < errors[1] and errors[3] < errors[2]) and spec not in EXCEPT:
             wrong.append(spec)
     facts = {
         "layer": NAME,
