@@ -171,3 +171,36 @@ def test_rounding_to_nearest_reads_nothing(llama, tmp_path, stats_seen):
     poise.quantize(llama, dataclasses.replace(recipe, rules=rules), tmp_path / "out", to="gguf")
     assert not stats_seen
     assert isinstance(Rtn(), Solver)
+
+
+def test_starved_experts_count_what_their_layer_reads(model_factory, tmp_path, stats_seen):
+    """All tokens go to two experts of four: the others are solved for the average of the layer, which is said."""
+    recipe = dataclasses.replace(preset_recipe("balanced", 4, 32), tokens=1024)
+    poise.quantize(model_factory("mixtral"), recipe, tmp_path / "out", to="gguf")
+    experts = {
+        name: stats for name, stats in stats_seen.items() if "experts" in name or "block_sparse" in name
+    }
+    assert experts
+    starved = {
+        name for name, stats in experts.items() if any("reached this expert" in note for note in stats.notes)
+    }
+    found = outcomes(tmp_path / "out")
+    assert {
+        name for name, item in found.items() if "reached this expert" in " ".join(item["warnings"])
+    } == starved
+    for name, stats in experts.items():
+        assert stats.n_tokens >= 4 * len(stats.second_moment), name
+        assert torch.allclose(stats.hessian.diagonal(), stats.second_moment, rtol=1e-4)
+
+
+def test_sharing_is_an_average_of_own_and_all():
+    moments = stream._Moments(None, {})
+    own, other = (torch.randn(40, 8, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    moments.add("mlp.experts.3", own[:10])
+    moments.add("mlp.experts.gate_up", other)
+    moments._share("mlp.experts.3", "mlp.experts.gate_up", 22)
+    assert moments.count["mlp.experts.3"] == 32
+    expected = own[:10].T @ own[:10] + 22 * (other.T @ other) / 40
+    assert torch.allclose(moments.hessian["mlp.experts.3"], expected, atol=1e-4)
+    moments._share("mlp.experts.0", "mlp.experts.gate_up", 32)
+    assert torch.allclose(moments.hessian["mlp.experts.0"] / 32, other.T @ other / 40, atol=1e-5)

@@ -45,7 +45,6 @@ class Recipe:
     """An ordered list of rules: the first that matches a tensor decides.
 
     Attributes:
-        transforms: specs of rewrites that come before rounding, in order.
         tune: spec of the training that comes after it, or None.
         tokens: of calibration text; None for what the solvers need.
     """
@@ -54,7 +53,6 @@ class Recipe:
     description: str
     rules: tuple[Rule, ...]
     gates: dict[str, float] = field(default_factory=dict)
-    transforms: tuple[str, ...] = ()
     tune: str | None = None
     tokens: int | None = None
 
@@ -86,13 +84,12 @@ class PlanRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Every matrix of a model, in the model's order, for one exporter; ``transforms``, ``tune`` and ``tokens`` as in
+    """Every matrix of a model, in the model's order, for one exporter; ``tune`` and ``tokens`` as in
     the recipe."""
 
     recipe: str
     exporter: str
     rows: tuple[PlanRow, ...]
-    transforms: tuple[str, ...] = ()
     tune: str | None = None
     tokens: int | None = None
 
@@ -124,7 +121,6 @@ class Plan:
             if data.pop("schema_version") != SCHEMA_VERSION:
                 raise ValueError(f"only schema_version {SCHEMA_VERSION} is known")
             rows = tuple(PlanRow(**row) for row in data.pop("rows"))
-            transforms = tuple(data.pop("transforms", ()))
-            return cls(rows=rows, transforms=transforms, **data)
+            return cls(rows=rows, **data)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a plan: {error}") from error

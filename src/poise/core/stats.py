@@ -21,7 +21,7 @@ class Stats:
             matter.
         cross: E[x' x^T], [columns, columns], x' the inputs in the original model where x comes from layers that are
             quantized already.
-        output: E[g g^T], [rows, rows], g the gradient of the loss by the layer's outputs.
+        notes: what is doubtful about them, for people.
     """
 
     second_moment: Tensor
@@ -29,7 +29,7 @@ class Stats:
     data_hash: str
     hessian: Tensor | None = None
     cross: Tensor | None = None
-    output: Tensor | None = None
+    notes: tuple[str, ...] = ()
     _derived: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -5,6 +5,7 @@ which note what every block is called with (masks, position embeddings) and pass
 can be called alone. The embedding holds only the rows of tokens that occur.
 """
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -213,6 +214,13 @@ class Blocks:
     def dense(self, group: str) -> bool:
         """Whether all tokens come to this group; else a router chooses them."""
         return not self._watched([group])[1]
+
+    def pool_of(self, group: str) -> str | None:
+        """The group of what all experts of a layer read, for the group of one of them; None for others."""
+        parts = re.fullmatch(r"(.+)\.\d+(\.down)?", group)
+        if parts is None or self.dense(group):
+            return None
+        return parts[1] + (parts[2] or ".gate_up")
 
     def groups(self, linears: Sequence[Linear]) -> list[list[str]]:
         """Input groups of linears in the order in which they are reached; experts of one module go together."""

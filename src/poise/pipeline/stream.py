@@ -34,7 +34,7 @@ BATCH_TOKENS = 2048
 READ = 1 << 26
 """Bytes of what one input group read in the original that stay in memory."""
 FEW = 4
-"""Tokens an input, below which a Hessian is called poorly known."""
+"""Tokens an input, below which a Hessian is called poorly known, and an expert starved."""
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total) while work goes on."""
@@ -140,11 +140,7 @@ def solve_matrix(
 ) -> tuple[QTensor, Outcome]:
     """Codes of a matrix, and what they came to."""
     start = time.perf_counter()
-    said: list[str] = []
-    if stats is not None and stats.hessian is not None and stats.n_tokens < FEW * row.columns:
-        said.append(
-            f"{stats.n_tokens} tokens for {row.columns} inputs: fewer than {FEW} each, the Hessian is poorly known"
-        )
+    said = [] if stats is None else list(stats.notes)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", PoiseWarning)
         found = solver.solve(weight, format, stats, name=row.name)
@@ -223,7 +219,7 @@ class _Stream:
         open_ = [together for together in groups if any(self._is_open(linears, group) for group in together)]
         names = [group for together in open_ for group in together]
         if not self.feeds:
-            moments = _Moments(self.work.checkpoint)
+            moments = _Moments(self.blocks)
             self._advance(names, moments.add)
             for linear in linears:
                 self.work.solve(self.work.rows[linear.name], moments.stats(linear, self.calibration.hash))
@@ -236,7 +232,7 @@ class _Stream:
         if self.crosses:
             self._advance(list(read), lambda group, x: read[group].append(x))
         for together in groups:
-            moments = _Moments(self.work.checkpoint, read)
+            moments = _Moments(self.blocks, read)
             if together in open_:
                 for hidden in self.quantized:
                     self.blocks.watch(hidden, together, moments.add, whole=False)
@@ -255,7 +251,7 @@ class _Stream:
         heads = [linear for linear in self.work.linears.values() if linear.role == "head"]
         for linear in heads:
             if linear.name in self.work.rows:
-                moments = _Moments(self.work.checkpoint, {} if self.feeds else None)
+                moments = _Moments(self.blocks, {} if self.feeds else None)
                 for hidden in self.quantized if self.feeds else self.original:
                     moments.add(linear.input_group, self.blocks.finish(hidden).flatten(0, 1))
                 self.work.solve(self.work.rows[linear.name], moments.stats(linear, self.calibration.hash))
@@ -278,8 +274,8 @@ class _Stream:
 class _Moments:
     """Sums of what input groups read: squares, and with a dict of what the original read, products."""
 
-    def __init__(self, checkpoint: Checkpoint, original: dict[str, Spool] | None = None) -> None:
-        self.checkpoint = checkpoint
+    def __init__(self, blocks: Blocks, original: dict[str, Spool] | None = None) -> None:
+        self.blocks = blocks
         self.full = original is not None
         self.original = original or {}
         self.count: dict[str, int] = {}
@@ -306,19 +302,29 @@ class _Moments:
             PoiseError: an activation was not finite; names the layer.
         """
         group = linear.input_group
-        if not self.count.get(group):
+        pool = self.blocks.pool_of(group)
+        if not self.count.get(group) and (pool is None or not self.count.get(pool)):
             return None
         if group not in self.made:
-            self.made[group] = self._make(linear, data_hash)
+            self.made[group] = self._make(linear, data_hash, pool)
         return self.made[group]
 
-    def _make(self, linear: Linear, data_hash: str) -> Stats:
+    def _make(self, linear: Linear, data_hash: str, pool: str | None) -> Stats:
         """Sums become means in place: of a wide layer there is no room for both."""
         group = linear.input_group
+        notes = []
+        n = self.count.get(group, 0)
+        if pool is not None and n < FEW * linear.columns:
+            notes.append(f"{n} tokens reached this expert: it also counts what all experts of its layer read")
+            self._share(group, pool, FEW * linear.columns - n)
+        elif self.full and n < FEW * linear.columns:
+            notes.append(
+                f"{n} tokens for {linear.columns} inputs: fewer than {FEW} each, the Hessian is poorly known"
+            )
         n = self.count[group]
         moment = (self.square.pop(group) / n).float()
         if not bool(torch.isfinite(moment).all()):
-            refuse_damaged(self.checkpoint)
+            refuse_damaged(self.blocks.checkpoint)
             raise PoiseError(
                 f"{linear.name}: its inputs are not finite on the calibration text; is the model sound?"
             )
@@ -328,7 +334,20 @@ class _Moments:
             data_hash=data_hash,
             hessian=self.hessian.pop(group).div_(n) if self.full else None,
             cross=self.cross.pop(group).div_(n) if group in self.cross else None,
+            notes=tuple(notes),
         )
+
+    def _share(self, group: str, pool: str, lacking: int) -> None:
+        """An expert that few tokens reached also counts what all experts of its layer read.
+
+        With n tokens of its own, fewer than FEW an input, it takes FEW an input less n from the average of the layer: its
+        own statistics decide as far as there are some, and one that was never chosen gets the average alone.
+        """
+        share = lacking / self.count[pool]
+        for sums in (self.square, self.hessian) if self.full else (self.square,):
+            own, all_of_them = sums.get(group), sums[pool]
+            sums[group] = all_of_them * share if own is None else own + all_of_them * share
+        self.count[group] = self.count.get(group, 0) + lacking
 
 
 def _add_product(sums: dict[str, Tensor], group: str, a: Tensor, b: Tensor) -> None:

@@ -47,7 +47,6 @@ def make_plan(
         recipe=recipe.name,
         exporter=exporter,
         rows=tuple(rows),
-        transforms=recipe.transforms,
         tune=recipe.tune,
         tokens=recipe.tokens,
     )

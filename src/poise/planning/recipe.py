@@ -36,7 +36,6 @@ class _Recipe(_Strict):
     description: str
     rules: list[_Rule]
     gates: dict[str, float] = {}
-    transforms: list[str] = []
     tune: str | None = None
     tokens: int | None = None
 
@@ -92,7 +91,6 @@ def _parse(text: str, name: str, where: str) -> Recipe:
         description=data.description,
         rules=rules,
         gates=data.gates,
-        transforms=tuple(data.transforms),
         tune=data.tune,
         tokens=data.tokens,
     )
