@@ -11,6 +11,7 @@ import poise
 from poise.checkpoints import open_checkpoint
 from poise.core.solver import Solver
 from poise.pipeline import stream
+from poise.pipeline.moments import Moments
 from poise.pipeline.spool import Spool
 from poise.planning.presets import preset_recipe
 from poise.solvers.rtn import Rtn
@@ -194,7 +195,7 @@ def test_starved_experts_count_what_their_layer_reads(model_factory, tmp_path, s
 
 
 def test_sharing_is_an_average_of_own_and_all():
-    moments = stream._Moments(None, {})
+    moments = Moments(None, {})
     own, other = (torch.randn(40, 8, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
     moments.add("mlp.experts.3", own[:10])
     moments.add("mlp.experts.gate_up", other)

@@ -211,6 +211,15 @@ class Blocks:
                 experts[path] = self.model.get_submodule(path)
         return dense, experts
 
+    def module_path(self, linear: Linear) -> str | None:
+        """The linear module that a matrix belongs to; None for experts."""
+        place = self.skeleton.place(linear.name)
+        return (
+            None
+            if place.expert is not None or linear.experts is not None
+            else place.parameter.rpartition(".")[0]
+        )
+
     def dense(self, group: str) -> bool:
         """Whether all tokens come to this group; else a router chooses them."""
         return not self._watched([group])[1]

@@ -22,7 +22,7 @@ from poise.core.metric import LogitMetric, Score, Subject, SystemMetric
 from poise.core.registry import build, get, names
 from poise.core.run import peak_memory, resident_memory, versions
 from poise.engines.torch import DTYPES
-from poise.pipeline.quantize import Progress, silent
+from poise.pipeline.progress import Progress, silent
 from poise.reports.card import model_card
 from poise.reports.figures import ratio
 from poise.reports.report import write_report

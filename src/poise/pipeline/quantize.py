@@ -1,7 +1,7 @@
 """checkpoint -> linears -> plan -> codes -> artifact -> read back -> manifest."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from poise.core.registry import get, name_of, names, parse_spec
 from poise.core.run import Run, commit, versions
 from poise.core.slabs import WEIGHTS, map_slabs, one_thread_each
 from poise.pipeline.estimate import Estimate, artifact_bytes, estimate, free_disk
+from poise.pipeline.progress import Progress, silent
 from poise.pipeline.reading import reading_of, tokens_of, wants_stats
 from poise.pipeline.stream import solve_plan
 from poise.pipeline.tuning import tune
@@ -28,13 +29,6 @@ from poise.pipeline.workspace import Workspace, explain_full_disk
 from poise.planning.planner import check_plan, make_plan
 from poise.planning.recipe import load_recipe
 from poise.reports.card import model_card
-
-Progress = Callable[[str, int, int], None]
-"""Called with (stage, done, total) while work goes on."""
-
-
-def silent(stage: str, done: int, total: int) -> None:
-    """Progress that nobody watches."""
 
 
 @dataclass(frozen=True, kw_only=True)

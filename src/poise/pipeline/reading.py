@@ -14,7 +14,8 @@ from poise.core.errors import PoiseWarning
 from poise.core.plan import Plan
 from poise.core.registry import build, get
 from poise.core.run import available_memory
-from poise.pipeline.stream import Calibration, Progress
+from poise.pipeline.progress import Progress
+from poise.pipeline.stream import Calibration
 from poise.pipeline.workspace import Workspace
 from poise.training.distill import distill_of
 
@@ -80,11 +81,11 @@ class Reading:
         if self.text is not None:
             windows = self.text.windows(self.checkpoint.tokenizer(), self.length, limit)
             return Calibration(windows=windows, hash=self.hash)
-        known = workspace.load_tensor("written")
+        known = workspace.load_tensors("written")
         if known is None:
-            known = torch.tensor(self._write(limit, progress), dtype=torch.int32)
-            workspace.store_tensor("written", known)
-        return Calibration(windows=known.tolist(), hash=self.hash)
+            known = {"tokens": torch.tensor(self._write(limit, progress), dtype=torch.int32)}
+            workspace.store_tensors("written", known)
+        return Calibration(windows=known["tokens"].tolist(), hash=self.hash)
 
     def _write(self, windows: int, progress: Progress) -> list[list[int]]:
         tokenizer = self.checkpoint.tokenizer()

@@ -9,23 +9,25 @@ them waits on disk.
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from poise.core.checkpoint import Checkpoint
-from poise.core.errors import FormatError, PoiseError, PoiseWarning
+from poise.core.errors import PoiseWarning
 from poise.core.format import Format, QTensor
 from poise.core.linear import Linear
 from poise.core.plan import Plan, PlanRow
 from poise.core.registry import build
 from poise.core.slabs import map_slabs
-from poise.core.solver import Solver
+from poise.core.solver import Chain, Solver
 from poise.core.stats import Stats
 from poise.pipeline.blocks import Blocks
+from poise.pipeline.gradients import squared_gradients
+from poise.pipeline.moments import Moments, Weighed
+from poise.pipeline.progress import Progress
 from poise.pipeline.spool import Spool
 from poise.pipeline.workspace import Workspace
 
@@ -33,11 +35,6 @@ BATCH_TOKENS = 2048
 """Tokens that a block reads at a time."""
 READ = 1 << 26
 """Bytes of what one input group read in the original that stay in memory."""
-FEW = 4
-"""Tokens an input, below which a Hessian is called poorly known, and an expert starved."""
-
-Progress = Callable[[str, int, int], None]
-"""Called with (stage, done, total) while work goes on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +132,12 @@ class _Work:
         self.progress(f"quantize {row.name}", done, self.total)
 
 
+def runs_of(solver: Solver) -> int:
+    """Runs of rows for which a solver, or a step of a chain, wants Hessians of their own."""
+    steps = solver.steps if isinstance(solver, Chain) else (solver,)
+    return max((int(getattr(step, "runs", 1)) for step in steps), default=1)
+
+
 def solve_matrix(
     weight: Tensor, row: PlanRow, solver: Solver, format: Format, stats: Stats | None
 ) -> tuple[QTensor, Outcome]:
@@ -197,6 +200,34 @@ class _Stream:
         self.original = Spool(folder / "original")
         self.quantized = Spool(folder / "quantized")
         self.inputs = folder / "inputs"
+        self.gradients = self._gradients()
+
+    def _gradients(self) -> dict[str, Tensor]:
+        """Of the linears whose solver wants them, by name of the matrix."""
+        runs: dict[str, int] = {}
+        for row in self.work.rows.values():
+            solver = build("solver", str(row.solver))
+            if "gradient" in solver.wants and (path := self.blocks.module_path(self.work.linears[row.name])):
+                runs[path] = runs_of(solver)
+        if not runs:
+            return {}
+        workspace = self.work.workspace
+        known = workspace.load_tensors("gradients")
+        if known is None:
+            known = squared_gradients(
+                self.work.checkpoint, self.calibration.windows, runs, self.work.progress
+            )
+            workspace.store_tensors("gradients", known)
+        return known
+
+    def _weighed(self, linears: list[Linear], groups: list[str]) -> Weighed:
+        """Gradients of the linears that read some groups, by group."""
+        found: Weighed = {}
+        for linear in linears:
+            path = self.blocks.module_path(linear)
+            if linear.input_group in groups and path in self.gradients:
+                found.setdefault(linear.input_group, {})[linear.name] = self.gradients[path]
+        return found
 
     def run(self) -> None:
         length = len(self.calibration.windows[0])
@@ -219,7 +250,7 @@ class _Stream:
         open_ = [together for together in groups if any(self._is_open(linears, group) for group in together)]
         names = [group for together in open_ for group in together]
         if not self.feeds:
-            moments = _Moments(self.blocks)
+            moments = Moments(self.blocks)
             self._advance(names, moments.add)
             for linear in linears:
                 self.work.solve(self.work.rows[linear.name], moments.stats(linear, self.calibration.hash))
@@ -232,7 +263,7 @@ class _Stream:
         if self.crosses:
             self._advance(list(read), lambda group, x: read[group].append(x))
         for together in groups:
-            moments = _Moments(self.blocks, read)
+            moments = Moments(self.blocks, read, self._weighed(linears, together))
             if together in open_:
                 for hidden in self.quantized:
                     self.blocks.watch(hidden, together, moments.add, whole=False)
@@ -251,7 +282,7 @@ class _Stream:
         heads = [linear for linear in self.work.linears.values() if linear.role == "head"]
         for linear in heads:
             if linear.name in self.work.rows:
-                moments = _Moments(self.blocks, {} if self.feeds else None)
+                moments = Moments(self.blocks, {} if self.feeds else None)
                 for hidden in self.quantized if self.feeds else self.original:
                     moments.add(linear.input_group, self.blocks.finish(hidden).flatten(0, 1))
                 self.work.solve(self.work.rows[linear.name], moments.stats(linear, self.calibration.hash))
@@ -269,96 +300,3 @@ class _Stream:
             after = self.blocks.watch(hidden, groups, see, whole=True)
             assert after is not None  # the whole block ran
             self.original[number] = after
-
-
-class _Moments:
-    """Sums of what input groups read: squares, and with a dict of what the original read, products."""
-
-    def __init__(self, blocks: Blocks, original: dict[str, Spool] | None = None) -> None:
-        self.blocks = blocks
-        self.full = original is not None
-        self.original = original or {}
-        self.count: dict[str, int] = {}
-        self.batches: dict[str, int] = {}
-        self.square: dict[str, Tensor] = {}
-        self.hessian: dict[str, Tensor] = {}
-        self.cross: dict[str, Tensor] = {}
-        self.made: dict[str, Stats] = {}
-
-    def add(self, group: str, x: Tensor) -> None:
-        batch = self.batches[group] = self.batches.get(group, -1) + 1
-        self.count[group] = self.count.get(group, 0) + len(x)
-        self.square[group] = self.square.get(group, 0) + x.double().square().sum(0)
-        if not self.full:
-            return
-        _add_product(self.hessian, group, x, x)
-        if group in self.original:
-            _add_product(self.cross, group, self.original[group][batch], x)
-
-    def stats(self, linear: Linear, data_hash: str) -> Stats | None:
-        """Of what a linear reads, to be asked when all was added; None if it read nothing.
-
-        Raises:
-            PoiseError: an activation was not finite; names the layer.
-        """
-        group = linear.input_group
-        pool = self.blocks.pool_of(group)
-        if not self.count.get(group) and (pool is None or not self.count.get(pool)):
-            return None
-        if group not in self.made:
-            self.made[group] = self._make(linear, data_hash, pool)
-        return self.made[group]
-
-    def _make(self, linear: Linear, data_hash: str, pool: str | None) -> Stats:
-        """Sums become means in place: of a wide layer there is no room for both."""
-        group = linear.input_group
-        notes = []
-        n = self.count.get(group, 0)
-        if pool is not None and n < FEW * linear.columns:
-            notes.append(f"{n} tokens reached this expert: it also counts what all experts of its layer read")
-            self._share(group, pool, FEW * linear.columns - n)
-        elif self.full and n < FEW * linear.columns:
-            notes.append(
-                f"{n} tokens for {linear.columns} inputs: fewer than {FEW} each, the Hessian is poorly known"
-            )
-        n = self.count[group]
-        moment = (self.square.pop(group) / n).float()
-        if not bool(torch.isfinite(moment).all()):
-            refuse_damaged(self.blocks.checkpoint)
-            raise PoiseError(
-                f"{linear.name}: its inputs are not finite on the calibration text; is the model sound?"
-            )
-        return Stats(
-            second_moment=moment,
-            n_tokens=n,
-            data_hash=data_hash,
-            hessian=self.hessian.pop(group).div_(n) if self.full else None,
-            cross=self.cross.pop(group).div_(n) if group in self.cross else None,
-            notes=tuple(notes),
-        )
-
-    def _share(self, group: str, pool: str, lacking: int) -> None:
-        """An expert that few tokens reached also counts what all experts of its layer read.
-
-        With n tokens of its own, fewer than FEW an input, it takes FEW an input less n from the average of the layer: its
-        own statistics decide as far as there are some, and one that was never chosen gets the average alone.
-        """
-        share = lacking / self.count[pool]
-        for sums in (self.square, self.hessian) if self.full else (self.square,):
-            own, all_of_them = sums.get(group), sums[pool]
-            sums[group] = all_of_them * share if own is None else own + all_of_them * share
-        self.count[group] = self.count.get(group, 0) + lacking
-
-
-def _add_product(sums: dict[str, Tensor], group: str, a: Tensor, b: Tensor) -> None:
-    if group in sums:
-        sums[group].addmm_(a.T, b)
-    else:
-        sums[group] = a.T @ b
-
-
-def refuse_damaged(checkpoint: Checkpoint) -> None:
-    """Names the weight that made activations infinite, if it is one."""
-    for name in checkpoint.tensors():
-        if not bool(torch.isfinite(checkpoint.read(name)).all()):
-            raise FormatError(f"{name}: holds NaN or infinite weights; the checkpoint is damaged")

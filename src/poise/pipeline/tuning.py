@@ -12,7 +12,8 @@ from poise.core.format import QTensor
 from poise.core.plan import Plan
 from poise.core.registry import get
 from poise.pipeline.blocks import as_stored, fill
-from poise.pipeline.stream import Calibration, Progress
+from poise.pipeline.progress import Progress
+from poise.pipeline.stream import Calibration
 from poise.pipeline.workspace import Workspace
 from poise.training.distill import distill_of
 

@@ -23,6 +23,9 @@ from poise.core.format import QTensor
 from poise.core.plan import PlanRow
 from poise.core.registry import build
 
+TUNED = "tuned"
+"""Name of what was tuned beside matrices."""
+
 
 class Workspace:
     """The unfinished state of one output folder.
@@ -77,7 +80,7 @@ class Workspace:
     def load(self, row: PlanRow) -> QTensor:
         """A matrix as it was solved, or as it was tuned if tuning is finished."""
         tuned = self._file(row).with_suffix(".tuned")
-        file = tuned if self._tuned.exists() and tuned.exists() else self._file(row)
+        file = tuned if (self.path / f"{TUNED}.safetensors").exists() and tuned.exists() else self._file(row)
         return QTensor.unpack(load_file(file), build("format", str(row.format)), row.columns)
 
     def store_tuned(self, row: PlanRow, weight: QTensor) -> None:
@@ -86,28 +89,22 @@ class Workspace:
 
     def finish_tuned(self, tensors: dict[str, Tensor]) -> None:
         """Keeps the tensors that were tuned beside the matrices, and makes all of it count."""
-        unfinished = self._tuned.with_suffix(".new")
-        save_file({name: value.contiguous() for name, value in tensors.items()}, unfinished)
-        os.replace(unfinished, self._tuned)
+        self.store_tensors(TUNED, tensors)
 
     def load_tuned(self) -> dict[str, Tensor] | None:
         """What ``finish_tuned`` kept, or None."""
-        return load_file(self._tuned) if self._tuned.exists() else None
+        return self.load_tensors(TUNED)
 
-    @property
-    def _tuned(self) -> Path:
-        return self.path / "tuned.safetensors"
-
-    def store_tensor(self, name: str, value: Tensor) -> None:
-        """Keeps a tensor that the run needs again when it is resumed."""
+    def store_tensors(self, name: str, values: dict[str, Tensor]) -> None:
+        """Keeps tensors that the run needs again when it is resumed."""
         unfinished = self.path / f"{name}.new"
-        save_file({name: value}, unfinished)
+        save_file({key: value.contiguous() for key, value in values.items()}, unfinished)
         os.replace(unfinished, self.path / f"{name}.safetensors")
 
-    def load_tensor(self, name: str) -> Tensor | None:
-        """What ``store_tensor`` kept, or None."""
+    def load_tensors(self, name: str) -> dict[str, Tensor] | None:
+        """What ``store_tensors`` kept, or None."""
         file = self.path / f"{name}.safetensors"
-        return load_file(file)[name] if file.exists() else None
+        return load_file(file) if file.exists() else None
 
     def note(self, outcome: dict[str, Any]) -> None:
         """Keeps what solving a matrix came to."""

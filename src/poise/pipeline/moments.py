@@ -1,0 +1,151 @@
+"""What input groups read, summed up batch by batch into statistics."""
+
+import torch
+from torch import Tensor
+
+from poise.core.checkpoint import Checkpoint
+from poise.core.errors import FormatError, PoiseError
+from poise.core.linear import Linear
+from poise.core.stats import Stats
+from poise.pipeline.blocks import Blocks
+from poise.pipeline.spool import Spool
+
+FEW = 4
+"""Tokens an input, below which a Hessian is called poorly known, and an expert starved."""
+
+Weighed = dict[str, dict[str, Tensor]]
+"""Input group -> matrix -> weights of tokens, [tokens, runs of rows]."""
+
+
+class Moments:
+    """Sums of what input groups read: squares, and with a dict of what the original read, products.
+
+    Args:
+        blocks: the model that reads.
+        original: what dense groups read in the original, batch by batch; None for squares alone.
+        weighed: matrices that get products of their own, in which each token has a weight for each run of rows.
+    """
+
+    def __init__(
+        self, blocks: Blocks, original: dict[str, Spool] | None = None, weighed: Weighed | None = None
+    ) -> None:
+        self.blocks = blocks
+        self.weighed = weighed or {}
+        self.full = original is not None
+        self.original = original or {}
+        self.count: dict[str, int] = {}
+        self.batches: dict[str, int] = {}
+        self.square: dict[str, Tensor] = {}
+        self.hessian: dict[str, Tensor] = {}
+        self.cross: dict[str, Tensor] = {}
+        self.made: dict[str, Stats] = {}
+
+    def add(self, group: str, x: Tensor) -> None:
+        """Takes one batch of what a group reads, [tokens, columns]."""
+        batch = self.batches[group] = self.batches.get(group, -1) + 1
+        seen = slice(self.count.get(group, 0), self.count.get(group, 0) + len(x))
+        self.count[group] = self.count.get(group, 0) + len(x)
+        self.square[group] = self.square.get(group, 0) + x.double().square().sum(0)
+        if not self.full:
+            return
+        before = self.original[group][batch] if group in self.original else None
+        parts = {group: x}
+        if group in self.weighed:
+            parts = {
+                f"{name} {run}": x * weights[seen, run : run + 1]
+                for name, weights in self.weighed[group].items()
+                for run in range(weights.shape[1])
+            }
+        for key, part in parts.items():
+            _add_product(self.hessian, key, x, part)
+            if before is not None:
+                _add_product(self.cross, key, before, part)
+
+    def stats(self, linear: Linear, data_hash: str) -> Stats | None:
+        """Of what a linear reads, to be asked when all was added; None if it read nothing.
+
+        Raises:
+            PoiseError: an activation was not finite; names the layer.
+        """
+        group = linear.input_group
+        pool = self.blocks.pool_of(group)
+        if not self.count.get(group) and (pool is None or not self.count.get(pool)):
+            return None
+        if linear.name in self.weighed.get(group, {}):
+            return self._make_weighed(linear, data_hash)
+        if group not in self.made:
+            self.made[group] = self._make(linear, data_hash, pool)
+        return self.made[group]
+
+    def _make_weighed(self, linear: Linear, data_hash: str) -> Stats:
+        """With matrices for each run of rows."""
+        group = linear.input_group
+        n, runs = self.count[group], self.weighed[group][linear.name].shape[1]
+        keys = [f"{linear.name} {run}" for run in range(runs)]
+        hessian = torch.stack([self.hessian.pop(key) for key in keys]).div_(n)
+        crosses = [self.cross.pop(key) for key in keys if key in self.cross]
+        self._check(linear, hessian)
+        return Stats(
+            second_moment=hessian.diagonal(dim1=1, dim2=2).mean(0).clamp(min=0),
+            n_tokens=n,
+            data_hash=data_hash,
+            hessian=hessian,
+            cross=torch.stack(crosses).div_(n) if crosses else None,
+        )
+
+    def _make(self, linear: Linear, data_hash: str, pool: str | None) -> Stats:
+        """Sums become means in place: of a wide layer there is no room for both."""
+        group = linear.input_group
+        notes = []
+        n = self.count.get(group, 0)
+        if pool is not None and n < FEW * linear.columns:
+            notes.append(f"{n} tokens reached this expert: it also counts what all experts of its layer read")
+            self._share(group, pool, FEW * linear.columns - n)
+        elif self.full and n < FEW * linear.columns:
+            notes.append(
+                f"{n} tokens for {linear.columns} inputs: fewer than {FEW} each, the Hessian is poorly known"
+            )
+        n = self.count[group]
+        moment = (self.square.pop(group) / n).float()
+        self._check(linear, moment)
+        return Stats(
+            second_moment=moment,
+            n_tokens=n,
+            data_hash=data_hash,
+            hessian=self.hessian.pop(group).div_(n) if self.full else None,
+            cross=self.cross.pop(group).div_(n) if group in self.cross else None,
+            notes=tuple(notes),
+        )
+
+    def _check(self, linear: Linear, value: Tensor) -> None:
+        if not bool(torch.isfinite(value).all()):
+            refuse_damaged(self.blocks.checkpoint)
+            raise PoiseError(
+                f"{linear.name}: its inputs are not finite on the calibration text; is the model sound?"
+            )
+
+    def _share(self, group: str, pool: str, lacking: int) -> None:
+        """An expert that few tokens reached also counts what all experts of its layer read.
+
+        With n tokens of its own, fewer than FEW an input, it takes FEW an input less n from the average of the layer: its
+        own statistics decide as far as there are some, and one that was never chosen gets the average alone.
+        """
+        share = lacking / self.count[pool]
+        for sums in (self.square, self.hessian) if self.full else (self.square,):
+            own, all_of_them = sums.get(group), sums[pool]
+            sums[group] = all_of_them * share if own is None else own + all_of_them * share
+        self.count[group] = self.count.get(group, 0) + lacking
+
+
+def _add_product(sums: dict[str, Tensor], group: str, a: Tensor, b: Tensor) -> None:
+    if group in sums:
+        sums[group].addmm_(a.T, b)
+    else:
+        sums[group] = a.T @ b
+
+
+def refuse_damaged(checkpoint: Checkpoint) -> None:
+    """Names the weight that made activations infinite, if it is one."""
+    for name in checkpoint.tensors():
+        if not bool(torch.isfinite(checkpoint.read(name)).all()):
+            raise FormatError(f"{name}: holds NaN or infinite weights; the checkpoint is damaged")
