@@ -76,6 +76,13 @@ def formats_page() -> str:
     )
 
 
+def quality_page() -> str:
+    """What solvers and presets gain."""
+    from quality_page import parts
+
+    return _page("Quality", *(part if part.startswith(("|", "#")) else _wrap(part) for part in parts()))
+
+
 def rate_picture() -> str:
     """Error against bits."""
     from formats_page import rate_picture
@@ -95,6 +102,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "cli.md": cli_page,
     "recipes.md": recipes_page,
     "formats.md": formats_page,
+    "quality.md": quality_page,
     "pictures/rate.svg": rate_picture,
     "pictures/levels.svg": levels_picture,
 }

@@ -337,3 +337,18 @@ def test_efficiency_of_all_that_is_measured(llama, tmp_path):
     protocols = {score.name: score.protocol for score in comparison.reference.scores}
     for name in ("memory", "time_per_token"):
         assert protocols[name].endswith("engine torch(dtype='bfloat16')"), "the dtype it is stored in"
+
+
+def test_a_text_that_shares_passages_with_the_calibration_is_refused(llama, tmp_path):
+    from poise.calibration.text import load_text
+
+    known = load_text(None, "calibration").content
+    other = load_text(None, "evaluation").content
+    (artifact,) = poise.quantize(llama, "mobile", tmp_path / "out")
+    mixed = tmp_path / "mixed.txt"
+    mixed.write_text(other[:600] + " " + known[200:500] + " " + other[600:1200])
+    settings = {**FAST, "windows": 100}
+    with pytest.raises(UsageError, match=r"mixed\.txt shares \d+% of its passages"):
+        poise.evaluate(artifact.path, llama, text=mixed, **settings)
+    mixed.write_text(other[:1200])
+    assert poise.evaluate(artifact.path, llama, text=mixed, **settings).value("kl") >= 0

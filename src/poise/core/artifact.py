@@ -12,6 +12,8 @@ from poise.core.plan import Plan
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 CARD = "README.md"
+SHINGLES = "calibration.shingles"
+"""Hashes of what the model read, 64-bit little-endian, so that no text that it knows can judge it."""
 
 
 @dataclass(frozen=True, kw_only=True)

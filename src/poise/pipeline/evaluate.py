@@ -9,11 +9,13 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from poise.calibration.overlap import ALLOWED, overlap
 from poise.calibration.text import load_text
 from poise.checkpoints import open_checkpoint
-from poise.core.artifact import CARD, Artifact, find_artifact
+from poise.core.artifact import CARD, SHINGLES, Artifact, find_artifact
 from poise.core.checkpoint import Checkpoint
 from poise.core.comparison import AT_MOST, DEFAULT_GATES, QUALITY, Comparison, Gate, Side
 from poise.core.engine import Engine
@@ -69,6 +71,8 @@ def evaluate(
         raise UsageError(f"{source.name} is what the model was calibrated on; evaluate on another text")
     window = min([window, *(model.context for model in models if model.context)])
     cut = source.windows(models[0].tokenizer(), window, windows)
+    if artifact:
+        _refuse_known(artifact, source.name, [models[0].tokenizer().decode(item) for item in cut])
     samples = _fidelity(models, engines, cut, progress)
     protocol = f"windows of {window} tokens, not overlapping, computed in float32 where the engine is torch"
     sides = _sides(models, engines, [reference, candidate], samples, protocol, efficiency, progress)
@@ -231,6 +235,18 @@ def _native(engine: str, checkpoint: Checkpoint) -> str:
     if native not in DTYPES:
         native = "float32"
     return f"torch(dtype={native!r})" if engine == "torch" else engine
+
+
+def _refuse_known(artifact: Artifact, name: str, texts: list[str]) -> None:
+    """Refuses a text that shares passages with what the model was calibrated on."""
+    file = artifact.path / SHINGLES
+    if not file.exists():
+        return
+    share = overlap(texts, np.fromfile(file, dtype="<i8"))
+    if share > ALLOWED:
+        raise UsageError(
+            f"{name} shares {share:.0%} of its passages with what the model was calibrated on; evaluate on another text"
+        )
 
 
 def _fidelity(

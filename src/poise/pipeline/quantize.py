@@ -9,8 +9,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from poise.calibration.overlap import Hashes, fingerprint
 from poise.checkpoints import open_checkpoint
-from poise.core.artifact import CARD, Artifact, Manifest, list_files, write_atomically, write_manifest
+from poise.core.artifact import (
+    CARD,
+    SHINGLES,
+    Artifact,
+    Manifest,
+    list_files,
+    write_atomically,
+    write_manifest,
+)
 from poise.core.checkpoint import Checkpoint
 from poise.core.errors import ExportError, PoiseError, UsageError
 from poise.core.exporter import Exporter
@@ -101,7 +110,12 @@ def quantize(
             source = checkpoint
             if job.plan.tune is not None and windows is not None:
                 source = tune(checkpoint, job.plan, windows, workspace, progress)
-            artifacts.append(_assemble(source, job, workspace, run, progress))
+            if windows is not None:
+                tokenizer = checkpoint.tokenizer()
+                shingles = fingerprint(tokenizer.decode(window) for window in windows.windows)
+            else:
+                shingles = None
+            artifacts.append(_assemble(source, job, workspace, run, shingles, progress))
     return artifacts
 
 
@@ -206,7 +220,12 @@ def _finished(job: _Job, key: dict[str, str]) -> Artifact | None:
 
 
 def _assemble(
-    checkpoint: Checkpoint, job: _Job, workspace: Workspace, run: Run, progress: Progress
+    checkpoint: Checkpoint,
+    job: _Job,
+    workspace: Workspace,
+    run: Run,
+    shingles: Hashes | None,
+    progress: Progress,
 ) -> Artifact:
     progress("export", 0, 1)
     folder = workspace.fresh_artifact()
@@ -217,6 +236,8 @@ def _assemble(
     exported = open_checkpoint(model)
     _read_back(checkpoint, exported, job, workspace, progress)
     manifest = _manifest(checkpoint, exported, job, run, model.relative_to(folder).as_posix())
+    if shingles is not None:
+        shingles.astype("<i8").tofile(folder / SHINGLES)
     write_atomically(folder / "plan.json", job.plan.to_json() + "\n")
     write_atomically(folder / CARD, model_card(manifest, job.plan, None))
     manifest = replace(manifest, files=list_files(folder))
