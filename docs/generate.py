@@ -48,6 +48,8 @@ def cli_page() -> str:
     parts = [_wrap(intro), "## poise", _help(root, "poise")]
     for name, command in commands.items():
         parts += [f"## poise {name}", _help(command, f"poise {name}")]
+        for inner, below in getattr(command, "commands", {}).items():
+            parts += [f"## poise {name} {inner}", _help(below, f"poise {name} {inner}")]
     return _page("Command line", *parts)
 
 

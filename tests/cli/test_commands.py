@@ -351,3 +351,34 @@ def test_a_probe_prints_one_json_object(llama):
     memory = json.loads(done.stdout)
     taken = memory["peak"] - memory["before"]
     assert 0 < taken < 60e6, "a model of 0.2 MB; the libraries under it take twice as much as this"
+
+
+def test_choosing_calibration_text(run, llama, tmp_path):
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text(" ".join(f"sentence {n} about cats, mats and number {n * n}." for n in range(200)))
+    command = ("calibrate", "select", llama, "--from", corpus, "--windows", "4", "--length", "64")
+    code, out, _ = run(*command, "-o", tmp_path / "chosen.jsonl")
+    assert code == 0
+    assert "4 of" in out
+    assert len((tmp_path / "chosen.jsonl").read_text().splitlines()) == 4
+    code, out, _ = run(*command, "--json")
+    assert code == 0
+    assert json.loads(out)["schema_version"] == 1
+
+
+def test_a_preset_and_a_recipe_exclude_each_other(run, llama, tmp_path):
+    code, _, err = run("quantize", llama, "--recipe", "mobile", "--preset", "fast", "-o", tmp_path / "out")
+    assert code == 2
+    assert "not both" in err
+    code, _, err = run("quantize", llama, "--preset", "slow", "-o", tmp_path / "out")
+    assert code == 2
+    assert "fast, balanced, best" in err
+
+
+def test_a_preset_from_the_command_line(run, llama, tmp_path):
+    code, out, _ = run(
+        *("quantize", llama, "--preset", "balanced", "--bits", "3", "--group", "32"),
+        *("--to", "compressed-tensors", "-o", tmp_path / "out", "--json"),
+    )
+    assert code == 0
+    assert 3 < json.loads(out)["artifacts"][0]["manifest"]["linear_bits_per_weight"] < 4.2

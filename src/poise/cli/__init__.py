@@ -7,7 +7,7 @@ from typing import NoReturn
 
 import typer
 
-from poise.cli import bench, doctor, evaluate, formats, inspect, probe, quantize
+from poise.cli import bench, calibrate, doctor, evaluate, formats, inspect, probe, quantize
 from poise.core.errors import PoiseError
 
 app = typer.Typer(
@@ -19,6 +19,7 @@ app = typer.Typer(
 )
 app.command("quantize")(quantize.run)
 app.command("evaluate")(evaluate.run)
+app.add_typer(calibrate.app, name="calibrate")
 app.command("inspect")(inspect.run)
 app.command("formats")(formats.run)
 app.command("bench")(bench.run)

@@ -144,3 +144,11 @@ def print_formats(console: Console, rows: list[FormatFacts]) -> None:
     console.print(table)
     for name, answer in rows[0].exporters.items() if len(rows) == 1 else ():
         console.print(escape(f"  {name}: {answer}"), highlight=False)
+
+
+def print_choices(console: Console, rows: list[tuple[int, str, str]]) -> None:
+    """Chosen texts: number, reason and how each begins."""
+    table = Table("window", "chosen", Column("begins", overflow="ellipsis", no_wrap=True))
+    for number, reason, text in rows:
+        table.add_row(str(number), reason, escape(" ".join(text.split())[:60]))
+    console.print(table)
