@@ -38,7 +38,7 @@ def test_windows_are_exact_and_never_hold_what_ends_a_text():
 def test_texts_follow_the_model():
     for window in write(successor, length=30, windows=40):
         steps = [b - a for a, b in itertools.pairwise(window) if b > 3]
-        assert sum(step == 1 for step in steps) > 0.9 * len(steps)
+        assert sum(step == 1 for step in steps) > 0.85 * len(steps)
 
 
 def test_texts_begin_differently_and_equal_seeds_write_the_same():

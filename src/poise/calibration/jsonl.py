@@ -29,11 +29,19 @@ def read_documents(path: Path, content: str, tokenizer: Any) -> list[str]:
             item = json.loads(line)
         except ValueError as error:
             raise UsageError(f"{where}: not JSON ({error})") from error
-        documents.append(item if isinstance(item, str) else _document(item, where, tokenizer))
+        documents.append(item if isinstance(item, str) else document(item, where, tokenizer))
     return documents
 
 
-def _document(item: Any, where: str, tokenizer: Any) -> str:
+def document(item: Any, where: str, tokenizer: Any) -> str:
+    """The text of one object.
+
+    Args:
+        where: file and line, for errors.
+
+    Raises:
+        UsageError: see ``read_documents``.
+    """
     if not isinstance(item, dict):
         raise UsageError(f"{where}: a {type(item).__name__}; each line is a string or an object")
     for key in TEXTS:

@@ -6,6 +6,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from poise.calibration.hub import is_hub, read_dataset
 from poise.calibration.jsonl import read_documents
 from poise.core.errors import UsageError
 
@@ -48,7 +49,7 @@ class Text:
 
 
 def load_text(path: str | Path | None, purpose: str, tokenizer: Any = None) -> Text:
-    """A UTF-8 text file, JSON lines (``.jsonl``, see ``jsonl``), or the short text that comes with Poise.
+    """A UTF-8 text file, JSON lines (``.jsonl``, see ``jsonl``), a dataset of the hub (see ``hub``), or the short text that comes with Poise.
 
     Args:
         purpose: ``evaluation`` or ``calibration``: which of the two built-in texts None stands for. They
@@ -61,6 +62,8 @@ def load_text(path: str | Path | None, purpose: str, tokenizer: Any = None) -> T
     if path is None:
         content = (resources.files("poise.calibration") / f"{purpose}.txt").read_text(encoding="utf-8")
         return Text(name=f"the built-in {purpose} text", content=content)
+    if is_hub(path):
+        return Text(name=str(path), content="\n\n".join(read_dataset(str(path), tokenizer)))
     try:
         content = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

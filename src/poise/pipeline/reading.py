@@ -117,7 +117,7 @@ def reading_of(checkpoint: Checkpoint, plan: Plan, calibration: str | Path | Non
     if calibration == SELF:
         return Reading(checkpoint=checkpoint, plan=plan, text=None)
     if calibration is not None:
-        tokenizer = checkpoint.tokenizer() if Path(calibration).suffix == ".jsonl" else None
+        tokenizer = checkpoint.tokenizer()
         return Reading(
             checkpoint=checkpoint, plan=plan, text=load_text(calibration, "calibration", tokenizer)
         )
