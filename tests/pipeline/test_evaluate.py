@@ -212,7 +212,9 @@ def test_the_calibration_text_is_no_evaluation_text(llama, tmp_path):
     words = "the cat sat on the mat and then the other cat sat there too. " * 20
     (tmp_path / "calibration.txt").write_text(words)
     (tmp_path / "copy.txt").write_text(words)
-    (tmp_path / "other.txt").write_text(words.replace("cat", "dog"))
+    (tmp_path / "other.txt").write_text(
+        "a river runs through green hills while birds sing above quiet water. " * 20
+    )
     poise.quantize(llama, "mobile", tmp_path / "small", calibration=tmp_path / "calibration.txt")
     with pytest.raises(UsageError, match=r"copy\.txt is what the model was calibrated on"):
         poise.evaluate(tmp_path / "small", llama, text=tmp_path / "copy.txt", **FAST)
