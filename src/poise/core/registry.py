@@ -25,6 +25,7 @@ KINDS = {
     "exporter": ("poise.exporters", "poise.core.exporter", "Exporter"),
     "engine": ("poise.engines", "poise.core.engine", "Engine"),
     "metric": ("poise.metrics", "poise.core.metric", "Metric"),
+    "collector": ("poise.calibration.collectors", "poise.core.collector", "Collector"),
 }
 """kind -> (package that holds one file a thing, module and name of the base class)."""
 

@@ -6,7 +6,7 @@ import torch
 
 from poise.core.distribution import Samples
 from poise.core.errors import PoiseError
-from poise.core.ranges import mse_range
+from poise.core.ranges import Range, absmax, mse_range
 from poise.core.registry import get
 
 RANGES = ("absmax", "minmax", "percentile", "mse", "entropy")
@@ -84,15 +84,16 @@ def test_mse_is_nearly_that_of_all_values(symmetric, bits):
         for low, high in ((found["low"], found["high"]), exact)
     ]
     assert errors[0] < 1.01 * errors[1]
-    full = Samples(x.T)
-    assert errors[0] < full.error(full.low, full.high, 2**bits)
+    full = absmax(Samples(x.T)) if symmetric else Range(Samples(x.T).low, Samples(x.T).high)
+    assert errors[0] < Samples(x.T).error(*full, 2**bits)
 
 
 @pytest.mark.parametrize("name", ["percentile", "mse", "entropy"])
 def test_a_planted_outlier_is_cut_off_in_its_channel_alone(name):
     x = activations()[:, :1].repeat(1, 2) * 100
-    plain = collect(name, x, axis=1)
+    options = {"axis": 1} if name == "percentile" else {"axis": 1, "bits": 4}
+    plain = collect(name, x, **options)
     x[77, 1] = 60.0
-    found = collect(name, x, axis=1)
+    found = collect(name, x, **options)
     assert found["high"][0] == plain["high"][0]
     assert 2 < found["high"][1] < 20
