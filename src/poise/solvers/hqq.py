@@ -61,7 +61,8 @@ class Hqq(Solver):
             error = (weight - format.decode(codes, params)) / step
             now = _sums(error.abs().pow(self.p), span)
             better = now < least
-            best = {key: _chosen(better, params[key], best[key]) for key in params}
+            moving = [key for key in params if key in format.linear or key == "zero"]
+            best = {**params, **{key: _chosen(better, params[key], best[key]) for key in moving}}
             least = torch.where(better, now, least)
             size = error.abs().clamp(min=1e-12)
             outlying = error.sign() * (size - size.pow(self.p - 1) / beta).clamp(min=0)
