@@ -1,187 +1,296 @@
-"""What the presets cost and lose: SmolLM2-135M-Instruct, all linears, groups of 64: docs/quality.json.
+"""What presets and peers lose: SmolLM2-135M-Instruct, all linears, groups of 64, at 4, 3 and 2 bits: docs/quality.json.
 
-    python benchmarks/quality.py --text FILE [--bits 4 3 2] [--presets fast balanced best] [--windows 24]
+    python benchmarks/quality.py --text FILE [--bits 4 3 2] [--only poise peers balanced "gptqmodel gptaq"]
 
 FILE is a development text such as the validation split of WikiText-2. Its first half calibrates, on its second half the
-models are judged, and on a second domain that nothing was calibrated on: docstrings of torch and numpy. The figure is the
-Kullback-Leibler divergence of next-token distributions from the original's, nats a token, over the whole vocabulary, with
-a 95 % interval over windows of 512 tokens. Rows that were measured before are kept in build/quality/results.jsonl.
+models are judged, and on a second domain that nothing was calibrated on: docstrings of torch and numpy. What is measured
+stands in ``judging``. All start from one folder of float32 weights; peers get the first tokens of the text that Poise
+gets, run in environments of their own (``benchmarks/peers/install.sh``) and hand back de-quantized weights.
+
+Rows that were measured before on the same text are kept in build/quality/results.jsonl; ``--again`` measures them anew.
+A row that fails is told at the end, and the program exits with 1.
 """
 
 import argparse
-import inspect
+import hashlib
 import json
-import math
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from safetensors.torch import save_file
 
 from decoding import default_model
+from judging import LENGTH, Judge, docstrings, halves, ratio
 from poise.calibration.text import Text
 from poise.checkpoints import open_checkpoint
 from poise.core.run import versions
-from poise.engines.torch import Torch
 
+HERE = Path(__file__).resolve().parent
 WORK = Path("build/quality")
-OUT = Path(__file__).parents[1] / "docs" / "quality.json"
+OUT = HERE.parent / "docs" / "quality.json"
 BARS = {("balanced", 4): 0.065, ("balanced", 3): 0.25, ("balanced", 2): 0.90} | {
     ("best", 4): 0.045,
     ("best", 3): 0.15,
     ("best", 2): 0.45,
 }
-LENGTH = 512
-STUDENT = 2.07
-"""97.5 % quantile of Student's t with 23 degrees of freedom."""
+PRESETS = ("rtn", "fast", "balanced", "best")
+PEERS = {
+    "hqq": ("hqq", "hqq"),
+    "torchao affine": ("torchao", "affine"),
+    "torchao hqq": ("torchao", "hqq"),
+    "torchao hqq-scale": ("torchao", "hqq-scale"),
+    "gptqmodel gptq": ("gptqmodel", "gptq"),
+    "gptqmodel gptaq": ("gptqmodel", "gptaq"),
+    "gptqmodel foem": ("gptqmodel", "foem"),
+    "gptqmodel ordered": ("gptqmodel", "ordered"),
+    "llm-compressor gptq": ("llmcompressor", "gptq"),
+    "llm-compressor imatrix": ("llmcompressor", "imatrix"),
+    "llm-compressor awq": ("llmcompressor", "awq"),
+    "autoround light": ("autoround", "light"),
+    "autoround default": ("autoround", "default"),
+    "autoround extended": ("autoround", "extended"),
+}
+"""Name of a row: driver and recipe."""
+RTN = """description: Rounded to nearest.
+rules:
+  - {{role: router, optional: true, options: []}}
+  - {{role: head, optional: true, options: []}}
+  - {{role: embedding, optional: true, options: []}}
+  - {{options: ["int(bits={bits}, group={group}, symmetric=False)"], solver: rtn}}
+"""
 
 
-def halves(text: str) -> tuple[str, str]:
-    """Cut at the beginning of an article, or of a paragraph, near the middle."""
-    mark = "\n = " if "\n = " in text else "\n\n"
-    cut = text.rfind(mark, 0, len(text) // 2)
-    return text[:cut], text[cut:]
+@dataclass(frozen=True, kw_only=True)
+class Material:
+    """What every row starts from.
 
-
-def docstrings() -> str:
-    """Technical prose that comes with pinned packages."""
-    import numpy
-
-    def of(module: Any, prefix: str) -> Iterator[str]:
-        for name, item in sorted(vars(module).items()):
-            if not name.startswith("_") and callable(item) and (text := inspect.getdoc(item)):
-                yield f"{prefix}.{name}\n{text}"
-
-    parts = [*of(torch.nn, "torch.nn"), *of(torch.optim, "torch.optim"), *of(numpy, "numpy")]
-    return "\n\n".join(part for part in parts if len(part) > 400)
-
-
-class Judge:
-    """Compares models with the original on texts that were cut once.
-
-    Args:
-        count: windows of each text.
+    Attributes:
+        model: folder of the original, float32.
+        text: file of the calibrating half, for Poise.
+        tokens: file of its first tokens, for peers.
+        key: hash of text and tokens; rows with another one are not reused.
+        seed: of every random draw of a peer.
     """
 
-    def __init__(self, original: Path, texts: dict[str, str], count: int) -> None:
-        checkpoint = open_checkpoint(original)
-        tokenizer = checkpoint.tokenizer()
-        self.windows = {
-            name: Text(name=name, content=text).windows(tokenizer, LENGTH, count)
-            for name, text in texts.items()
-        }
-        with Torch() as engine:
-            engine.load(checkpoint)
-            self.wanted = {
-                name: [torch.log_softmax(engine.logits(window), -1) for window in windows]
-                for name, windows in self.windows.items()
-            }
-
-    def judge(self, model: Path) -> dict[str, dict[str, float]]:
-        """Divergence with half its interval, perplexity ratio and agreement on the likeliest token, for each text."""
-        found = {}
-        with Torch() as engine:
-            engine.load(open_checkpoint(model))
-            for name, windows in self.windows.items():
-                rows = [self._window(engine, *pair) for pair in zip(windows, self.wanted[name], strict=True)]
-                lost, ratio, agree = zip(*rows, strict=True)
-                half = STUDENT * statistics.stdev(lost) / math.sqrt(len(lost)) if len(lost) > 1 else math.nan
-                found[name] = {
-                    "kl": statistics.fmean(lost),
-                    "half": half,
-                    "perplexity_ratio": math.exp(statistics.fmean(ratio)),
-                    "top1": statistics.fmean(agree),
-                    "windows": len(lost),
-                }
-        return found
-
-    @staticmethod
-    def _window(engine: Torch, window: list[int], wanted: torch.Tensor) -> tuple[float, float, float]:
-        got = torch.log_softmax(engine.logits(window), -1)
-        lost = (wanted.exp() * (wanted - got)).sum(-1)[:-1].mean()
-        truth = torch.tensor(window[1:]).unsqueeze(1)
-        ratio = (wanted[:-1].gather(1, truth) - got[:-1].gather(1, truth)).mean()
-        agree = (wanted.argmax(-1) == got.argmax(-1))[:-1].float().mean()
-        return float(lost), float(ratio), float(agree)
+    model: Path
+    text: Path
+    tokens: Path
+    key: str
+    seed: int
 
 
-def quantize(original: Path, preset: str, bits: int, calibration: Path) -> tuple[Path, float, float]:
-    """The exported model, seconds of the whole command, and bits a weight of its linears."""
+def prepare(text: str, tokens: int, seed: int) -> Material:
+    """Writes model and calibration under build/quality."""
+    WORK.mkdir(parents=True, exist_ok=True)
+    original = open_checkpoint(default_model())
+    windows = Text(name="calibration", content=text).windows(original.tokenizer(), LENGTH, tokens // LENGTH)
+    key = hashlib.sha256(f"{original.fingerprint()} {windows} {text}".encode()).hexdigest()[:16]
+    file, ids, model = WORK / "calibration.txt", WORK / f"tokens-{key}.safetensors", WORK / "model"
+    file.write_text(text, encoding="utf-8")
+    save_file({"calibration": torch.tensor(windows)}, ids)
+    if not (model / "config.json").exists():
+        model.mkdir(exist_ok=True)
+        weights = {name: original.read(name).float().contiguous() for name in original.tensors()}
+        save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+        for name, content in original.sidecars().items():
+            (model / name).write_bytes(content)
+        config = json.dumps(original.config | {"dtype": "float32"}, indent=1)
+        (model / "config.json").write_text(config + "\n", encoding="utf-8")
+    return Material(model=model, text=file, tokens=ids, key=key, seed=seed)
+
+
+def quantize(material: Material, preset: str, bits: int, group: int) -> tuple[Path, dict[str, Any]]:
+    """The exported model; seconds of the whole command and bits a weight of its linears."""
     out = WORK / f"{preset}-{bits}"
-    command = ["quantize", str(original), "--preset", preset, "--bits", str(bits), "--group", "64"]
-    command += [
-        "--calibration",
-        str(calibration),
+    wish = ["--preset", preset, "--bits", str(bits), "--group", str(group)]
+    if preset == "rtn":
+        recipe = WORK / f"rtn-{bits}.yaml"
+        recipe.write_text(RTN.format(bits=bits, group=group), encoding="utf-8")
+        wish = ["--recipe", str(recipe)]
+    elif preset != "fast":
+        wish += ["--calibration", str(material.text)]
+    command = [
+        "quantize",
+        str(material.model),
+        *wish,
         "--to",
         "compressed-tensors",
         "-o",
         str(out),
         "--force",
-        "--json",
     ]
     start = time.perf_counter()
-    done = subprocess.run([sys.executable, "-m", "poise", *command], check=True, stdout=subprocess.PIPE)
+    done = subprocess.run(
+        [sys.executable, "-m", "poise", *command, "--json"], check=True, stdout=subprocess.PIPE
+    )
     seconds = time.perf_counter() - start
     (artifact,) = json.loads(done.stdout)["artifacts"]
-    return Path(artifact["model"]), seconds, artifact["manifest"]["linear_bits_per_weight"]
+    return Path(artifact["model"]), {
+        "kind": "poise",
+        "stored": artifact["manifest"]["linear_bits_per_weight"],
+        "seconds": seconds,
+    }
+
+
+def drive(material: Material, name: str, bits: int, group: int) -> tuple[Path, dict[str, Any]]:
+    """What a peer made of the model, in its own environment. A folder that is there for this material is taken as it is."""
+    driver, recipe = PEERS[name]
+    out = WORK / material.key / f"{driver}-{recipe}-{bits}"
+    if not (out / "peer.json").exists():
+        python = HERE.parent / ".venv-peers" / driver / "bin" / "python"
+        if not python.exists():
+            raise SystemExit(f"{name}: no environment; run bash benchmarks/peers/install.sh {driver}")
+        command = [str(python), str(HERE / "peers" / f"{driver}.py")]
+        command += [str(material.model), str(material.tokens), str(out)]
+        command += [
+            "--bits",
+            str(bits),
+            "--group",
+            str(group),
+            "--recipe",
+            recipe,
+            "--seed",
+            str(material.seed),
+        ]
+        log = WORK / f"{driver}-{recipe}-{bits}.log"
+        with open(log, "wb") as file:
+            done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT)
+        if done.returncode:
+            raise subprocess.CalledProcessError(done.returncode, f"{name}: see {log}")
+    facts = json.loads((out / "peer.json").read_text(encoding="utf-8"))
+    wanted = ("stored", "seconds", "version", "recipe", "settings", "seed", "peak_bytes")
+    return out, {"kind": "peer"} | {fact: facts[fact] for fact in wanted}
+
+
+def chosen(only: list[str] | None) -> list[str]:
+    """Names of rows: all, those of ``poise`` or ``peers``, those of a driver, or single ones."""
+    rows = [*PRESETS, *PEERS]
+    groups = {"poise": list(PRESETS), "peers": list(PEERS)}
+    groups |= {driver: [n for n, (d, _) in PEERS.items() if d == driver] for driver, _ in PEERS.values()}
+    names = [name for wish in only or ["poise", "peers"] for name in groups.get(wish, [wish])]
+    if unknown := sorted(set(names) - set(rows)):
+        raise SystemExit(f"no row {unknown}; there is {', '.join(rows)}, and {', '.join(groups)}")
+    return names
+
+
+def against_best_peer(rows: list[dict[str, Any]]) -> None:
+    """Adds to each row of Poise its divergence over that of the best peer of its width, for each text."""
+    for row in rows:
+        peers = [other for other in rows if other["bits"] == row["bits"] and other["kind"] == "peer"]
+        for text in ("held-out", "docstrings"):
+            if row["kind"] == "poise" and peers:
+                best = min(peers, key=lambda other: other[text]["kl"])
+                value, low, high = ratio(row[text]["each"], best[text]["each"])
+                row[text] |= {
+                    "ratio": value,
+                    "ratio_low": low,
+                    "ratio_high": high,
+                    "best_peer": best["preset"],
+                }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--text", type=Path, required=True, help="development text, UTF-8")
+    parser.add_argument("--text", type=Path, help="development text, UTF-8")
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
-    parser.add_argument("--presets", nargs="+", default=["fast", "balanced", "best"])
-    parser.add_argument("--windows", type=int, default=24)
+    parser.add_argument("--only", nargs="+", help="poise, peers, a driver, or names of rows")
+    parser.add_argument("--calibration-tokens", type=int, default=32768, help="for peers")
+    parser.add_argument("--windows", type=int, default=24, help="of each text that is judged")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--again", action="store_true", help="measure rows that were measured before")
     arguments = parser.parse_args()
-    WORK.mkdir(parents=True, exist_ok=True)
+    if arguments.text is None or not arguments.text.is_file():
+        raise SystemExit(
+            "give --text FILE: the validation split of WikiText-2 as plain text (dataset Salesforce/wikitext, "
+            "wikitext-2-raw-v1, on the Hugging Face hub)"
+        )
     first, second = halves(arguments.text.read_text(encoding="utf-8"))
-    calibration = WORK / "calibration.txt"
-    calibration.write_text(first, encoding="utf-8")
+    material = prepare(first, arguments.calibration_tokens, arguments.seed)
     results = WORK / "results.jsonl"
-    rows = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
-    judge: Judge | None = None
+    lines = results.read_text(encoding="utf-8").splitlines() if results.exists() else []
+    rows = {
+        (row["preset"], row["bits"]): row for row in map(json.loads, lines) if row.get("key") == material.key
+    }
+    failed, judge = [], None
     for bits in arguments.bits:
-        for preset in arguments.presets:
-            if not arguments.again and any((row["preset"], row["bits"]) == (preset, bits) for row in rows):
+        for name in chosen(arguments.only):
+            if (name, bits) in rows and not arguments.again:
+                continue
+            make = drive if name in PEERS else quantize
+            try:
+                model, facts = make(material, name, bits, 64)
+            except subprocess.CalledProcessError as error:
+                failed.append(f"{name} at {bits} bits: {error}")
                 continue
             texts = {"held-out": second, "docstrings": docstrings()}
-            judge = judge or Judge(default_model(), texts, arguments.windows)
-            model, seconds, stored = quantize(default_model(), preset, bits, calibration)
-            row = {"preset": preset, "bits": bits, "stored": stored, "seconds": seconds, **judge.judge(model)}
-            rows = [old for old in rows if (old["preset"], old["bits"]) != (preset, bits)] + [row]
+            judge = judge or Judge(default_model(), texts, arguments.windows, WORK / "answers")
+            row = {"preset": name, "bits": bits, "key": material.key, **facts, **judge.judge(model)}
+            rows[name, bits] = row
             with open(results, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
-    rows.sort(key=lambda row: (-row["bits"], row["seconds"]))
-    OUT.write_text(json.dumps({"versions": versions(), "rows": rows}, indent=1) + "\n", encoding="utf-8")
-    show(rows)
+    table = sorted(rows.values(), key=lambda row: (-row["bits"], row["held-out"]["kl"]))
+    against_best_peer(table)
+    write(table, arguments)
+    show(table)
+    if failed:
+        raise SystemExit("\n".join(failed))
+
+
+def write(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
+    """The page's figures; the single windows stay in build/quality."""
+    slim = [
+        {
+            key: {k: v for k, v in value.items() if k != "each"}
+            if key in ("held-out", "docstrings")
+            else value
+            for key, value in row.items()
+        }
+        for row in rows
+    ]
+    facts = {"versions": versions(), "calibration_tokens": arguments.calibration_tokens, "rows": slim}
+    OUT.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    table = Table("preset", "bits", "stored", "seconds", "KL held-out", "bar", "top-1", "KL docstrings")
+    table = Table(
+        "row",
+        "bits",
+        "stored",
+        "seconds",
+        "KL held-out",
+        "bar",
+        "of best peer",
+        "ppl",
+        "top-1",
+        "KL docstrings",
+    )
     for row in rows:
         held, other = row["held-out"], row["docstrings"]
         bar = BARS.get((row["preset"], row["bits"]))
-        said = "" if bar is None else f"{bar} {'reached' if held['kl'] <= bar else 'MISSED'}"
         table.add_row(
             row["preset"],
             str(row["bits"]),
             f"{row['stored']:.2f}",
             f"{row['seconds']:.0f}",
             f"{held['kl']:.4f} ± {held['half']:.4f}",
-            said,
+            "" if bar is None else f"{bar} {'reached' if held['kl'] <= bar else 'MISSED'}",
+            f"{held['ratio']:.2f} [{held['ratio_low']:.2f}, {held['ratio_high']:.2f}]"
+            if "ratio" in held
+            else "",
+            f"{held['perplexity']:.2f} ({held['perplexity_original']:.2f})",
             f"{held['top1']:.3f}",
             f"{other['kl']:.4f} ± {other['half']:.4f}",
         )
-    Console().print(table)
+    Console(width=150).print(table)
 
 
 if __name__ == "__main__":

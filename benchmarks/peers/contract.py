@@ -11,9 +11,11 @@ Each driver runs in an environment of its own, where Poise is not installed; thi
 
 import argparse
 import json
+import os
 import resource
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -126,7 +128,11 @@ def drive(package: str, recipes: Mapping[str, Callable[[Task], Outcome]], about:
     parser.add_argument("--group", type=int, default=64)
     parser.add_argument("--recipe", choices=list(recipes), default=next(iter(recipes)))
     parser.add_argument("--seed", type=int, default=0)
-    task = Task(**vars(parser.parse_args()))
+    arguments = vars(parser.parse_args())
+    task = Task(
+        **{key: value.resolve() if isinstance(value, Path) else value for key, value in arguments.items()}
+    )
+    os.chdir(tempfile.mkdtemp(prefix="peer-"))  # some write logs to where they are started
 
     import torch
     from safetensors.torch import load_file, save_file

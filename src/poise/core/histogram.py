@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from poise.core.distribution import Distribution
+from poise.core.slabs import map_slabs
 
 SMALLEST = -100
 """Least exponent: values below 2^-100 are as good as zero, and the scale of bins stays within float32."""
@@ -96,17 +97,23 @@ class Histogram(Distribution):
 
     def error(self, low: Tensor, high: Tensor, levels: int) -> Tensor:
         """As if values were spread evenly over their bins."""
-        places = torch.arange(-self.bins, self.bins + 1, dtype=torch.float64)
-        step = (high - low) / max(1, levels - 1)
-        safe = torch.where(step > 0, step, 1).unsqueeze(1)
         # In steps from the lowest level: the integral of the squared distance to the nearest level is a twelfth a
         # level, and a third of the cube of what is left.
-        edge = places * (self.width.unsqueeze(1) / safe)
-        edge -= low.unsqueeze(1) / safe
-        nearest = edge.round().clamp_(0, levels - 1).mul_((step > 0).unsqueeze(1))
-        integral = nearest / 12 + (edge - nearest).pow_(3) / 3
-        mean = integral.diff(dim=1) / (self.width.unsqueeze(1) / safe)
-        return (mean * self.counts).sum(1) * safe.squeeze(1).square() / self.total
+        step = (high - low) / max(1, levels - 1)
+        safe = torch.where(step > 0, step, 1)
+        last = torch.where(step > 0, levels - 1.0, 0.0)
+        bin_ = self.width / safe
+        places = torch.arange(-self.bins, self.bins + 1, dtype=torch.float64)
+
+        def work(channels: slice) -> Tensor:
+            edge = places * bin_[channels, None] - (low / safe)[channels, None]
+            nearest = edge.round().clamp_(min=0).minimum(last[channels, None])
+            rest = edge.sub_(nearest)
+            integral = nearest.div_(12).addcmul_(rest.square(), rest, value=1 / 3)
+            return integral.diff(dim=1).mul_(self.counts[channels]).sum(1)
+
+        summed = torch.cat(map_slabs(work, len(self.counts), 2 * self.bins))
+        return summed / bin_ * safe.square() / self.total
 
     def histogram(self) -> "Histogram":
         return self

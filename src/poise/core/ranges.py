@@ -12,6 +12,7 @@ from torch import Tensor
 
 from poise.core.distribution import Distribution
 from poise.core.errors import UsageError
+from poise.core.slabs import map_slabs
 
 NARROWEST = 2.0**-12
 """Of the full range, the least that is tried: outliers of a thousand standard deviations are cut off."""
@@ -140,8 +141,12 @@ def entropy_range(values: Distribution, bits: int, symmetric: bool) -> Range:
     sizes[:, 0] = sizes[:, 1].minimum(sizes[:, 0])
     levels = 2 ** max(0, bits - 1)
     edges = _thresholds(min(max(2, levels // 8), sizes.shape[1]), sizes.shape[1])
-    divergences = torch.stack([_divergence(sizes, edge, levels) for edge in edges])
-    edge = torch.tensor(edges, dtype=torch.float64)[divergences.argmin(0)]
+
+    def best(channels: slice) -> Tensor:
+        return _divergences(sizes[channels], edges, levels).argmin(1)
+
+    chosen = torch.cat(map_slabs(best, *sizes.shape))
+    edge = torch.tensor(edges, dtype=torch.float64)[chosen]
     largest = values.low.abs().maximum(values.high.abs())
     size = (edge * histogram.width).minimum(largest)
     if symmetric:
@@ -155,16 +160,23 @@ def _thresholds(first: int, last: int) -> list[int]:
     return sorted({min(last, round(first * ratio**k)) for k in range(ENTROPY_TRIES)} | {last})
 
 
-def _divergence(sizes: Tensor, edge: int, levels: int) -> Tensor:
-    """KL(P || Q) for a threshold after so many bins, [channels]; infinite where Q has nothing and P has."""
-    inside = sizes[:, :edge]
-    run = (torch.arange(edge) * min(levels, edge)).div(edge, rounding_mode="floor")
-    used = (inside > 0).double()
-    joined = torch.zeros(len(sizes), min(levels, edge), dtype=torch.float64)
-    bins = joined.clone().index_add_(1, run, used)
-    mean = joined.index_add_(1, run, inside) / bins.clamp(min=1)
-    q = mean[:, run] * used
-    p = inside.clone()
-    p[:, -1] += sizes[:, edge:].sum(1)
-    p, q = p / p.sum(1, keepdim=True), q / q.sum(1, keepdim=True).clamp(min=1e-300)
-    return torch.where(p > 0, p * (p / q).log(), 0.0).nan_to_num(nan=torch.inf).sum(1)
+def _divergences(sizes: Tensor, edges: list[int], levels: int) -> Tensor:
+    """KL(P || Q) for thresholds after so many bins, [channels, thresholds]; infinite where Q has nothing and P has.
+
+    Q is the same in all bins of a run, so running sums of counts and of c log c are all that is needed.
+    """
+    parts = (sizes, (sizes > 0).double(), torch.xlogy(sizes, sizes))
+    counts, used, logs = (torch.nn.functional.pad(part.cumsum(1), (1, 0)) for part in parts)
+    total = counts[:, -1]
+    found = []
+    for edge in edges:
+        runs = min(levels, edge)
+        bounds = -(torch.arange(runs + 1) * edge).div(-runs, rounding_mode="floor")
+        joined, filled = counts[:, bounds].diff(dim=1), used[:, bounds].diff(dim=1)
+        mean = joined / filled.clamp(min=1)
+        beyond, last = total - counts[:, edge], sizes[:, edge - 1]
+        p_log_p = logs[:, edge - 1] + torch.xlogy(last + beyond, last + beyond)
+        p_log_q = torch.xlogy(joined, mean).sum(1) + torch.xlogy(beyond, mean[:, -1])
+        divergence = (p_log_p - p_log_q) / total + (counts[:, edge] / total).log()
+        found.append(torch.where((last == 0) & (beyond > 0), torch.inf, divergence))
+    return torch.stack(found, dim=1)

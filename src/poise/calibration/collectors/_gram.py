@@ -2,7 +2,8 @@
 
 Tokens are counted off in chunks of a fixed length, whatever the length of the calls. A chunk's product is one float32
 matrix product; chunks are added up in float32. A sum has one rounding a chunk, and a million tokens lose
-1.5e-6 of the value (measured on positive inputs, where it is most). How the text was cut into batches does not change a single bit.
+1.5e-6 of the value (measured on positive inputs, where it is most). How the text was cut into batches does not change a
+single bit.
 """
 
 from collections.abc import Iterator
