@@ -12,7 +12,7 @@ FOLDERS = sorted(p.name for p in SOURCE.iterdir() if p.is_dir() and p.name != "_
 BELOW = {
     "core": set(),
     "tables": set(),
-    "kernels": set(),
+    "kernels": {"core"},
     "layouts": {"core"},
     "pipeline": set(FOLDERS) - {"cli"},
     "cli": set(FOLDERS),

@@ -8,8 +8,8 @@ import torch
 from poise.core.errors import PoiseWarning, UsageError
 from poise.core.registry import build
 from poise.core.stats import Stats
-from poise.solvers._ladders import ladders_of
-from poise.solvers._places import begin, locate, places_of, settle
+from poise.kernels.ladders import begin, ladders_of, places_of
+from poise.kernels.places import locate, settle
 
 LEARNED = ("signround", "adaround")
 INT2 = "int(bits=2, group=32, symmetric=False)"

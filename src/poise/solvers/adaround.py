@@ -10,9 +10,8 @@ from poise.core.errors import UsageError
 from poise.core.format import Format, Params, QTensor
 from poise.core.solver import Solver
 from poise.core.stats import Stats
-from poise.solvers._ladders import Ladders, ladders_of
+from poise.kernels.ladders import Ladders, begin, ladders_of
 from poise.solvers._learned import better_rows, learnable, starting
-from poise.solvers._places import begin
 
 LOW, HIGH = -0.1, 1.1
 """The sigmoid is stretched to these and clipped, so that it reaches zero and one (equation 23)."""

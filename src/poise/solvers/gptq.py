@@ -11,8 +11,8 @@ from poise.core.format import Format, Params, QTensor
 from poise.core.registry import spec_of
 from poise.core.solver import Solver
 from poise.core.stats import Stats
+from poise.kernels.ladders import Ladders, ladders_of
 from poise.solvers._hessian import Factor, damped, factorize
-from poise.solvers._ladders import Ladders, ladders_of
 from poise.solvers._majorize import majorize
 from poise.solvers._sweep import sweep
 

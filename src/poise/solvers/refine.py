@@ -9,8 +9,8 @@ from torch import Tensor
 from poise.core.format import Format, Params, QTensor
 from poise.core.solver import Solver
 from poise.core.stats import Stats
+from poise.kernels.ladders import ladders_of
 from poise.solvers._hessian import damped
-from poise.solvers._ladders import ladders_of
 from poise.solvers._majorize import majorize
 from poise.solvers._sweep import descend
 

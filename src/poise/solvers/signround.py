@@ -10,9 +10,9 @@ from poise.core.errors import UsageError
 from poise.core.format import Format, Params, QTensor
 from poise.core.solver import Solver
 from poise.core.stats import Stats
-from poise.solvers._ladders import Ladders, ladders_of
+from poise.kernels.ladders import Ladders, LinearLadders, begin, ladders_of
+from poise.kernels.places import locate, settle
 from poise.solvers._learned import better_rows, learnable, starting
-from poise.solvers._places import begin, lean, locate, settle
 
 REACH = 0.5
 """How far a parameter may move, as a share of itself."""
@@ -77,7 +77,7 @@ class Signround(Solver):
     ) -> tuple[Tensor, Params]:
         """The best codes and parameters of every row on the way."""
         keys = format.linear if self.scales else ()
-        linear = Linear(format, params, ladders, keys, weight.shape[1])
+        linear = LinearLadders(format, params, ladders, keys, weight.shape[1])
         rate = 1 / self.steps if self.rate is None else self.rate
         place, offset = begin(weight, ladders, codes)
         added = torch.zeros_like(weight)
@@ -106,52 +106,3 @@ class Signround(Solver):
                 factors[key] = (factors[key] - pace * slope.sign()).clamp(1 - REACH, 1 + REACH)
             added = (added - pace * (gradient * gap).sign()).clamp(-0.5, 0.5)
         return ladders.decode(kept), best
-
-
-class Linear:
-    """Ladders as sums of what the linear parameters multiply, so that moving a parameter asks nothing of the format.
-
-    All are in the order of the first ladders: factors are positive, so it stays.
-    """
-
-    def __init__(
-        self, format: Format, params: Params, ladders: Ladders, keys: tuple[str, ...], columns: int
-    ) -> None:
-        rows, wide = len(ladders.values), format.group_of(columns)
-        self.params, self.group = params, ladders.group
-        self.entries: dict[str, Tensor] = {}
-        self.parts: dict[str, Tensor] = {}
-        if not keys:
-            return
-        order = format.ladder(params, rows, columns).sort(dim=-1, stable=True).indices
-        flat = {key: torch.zeros_like(params[key]) for key in format.linear}
-        for key in keys:
-            one = {**params, **flat, key: torch.ones_like(params[key])}
-            self.parts[key] = format.ladder(one, rows, columns).gather(2, order).contiguous()
-            starts = torch.arange(0, columns, wide, dtype=torch.int32)
-            self.entries[key] = starts // format.span_of(key, columns)
-
-    def moved(self, factors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Parameters times factors, as they can be stored."""
-        new = dict(self.params)
-        for key, factor in factors.items():
-            old = self.params[key]
-            stored = (old.float() * factor).to(old.dtype)
-            new[key] = torch.where(torch.isfinite(stored), stored, old)
-        return new
-
-    def values(self, params: Params) -> Tensor:
-        """Ladders for parameters, [rows, groups, levels]."""
-        terms = [
-            part * params[key].float()[:, self.entries[key].long()].unsqueeze(-1)
-            for key, part in self.parts.items()
-        ]
-        return sum(terms[1:], terms[0]).contiguous()
-
-    def slope(self, key: str, gradient: Tensor, place: Tensor, index: Tensor) -> Tensor:
-        """Gradient for the factors of a parameter."""
-        found = torch.zeros(self.params[key].shape)
-        entry = self.entries[key][self.group.long()].contiguous()
-        arrays = (gradient, place, index, self.parts[key], self.group, entry, found)
-        lean(*(array.numpy() for array in arrays))
-        return found * self.params[key].float()

@@ -7,34 +7,12 @@ and codebooks are alike. Beyond the ends of a ladder the outermost distance goes
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from poise.kernels import fast
-from poise.solvers._ladders import Ladders
 
 Floats = NDArray[np.float32]
 Ints = NDArray[Any]
-INSIDE = 0.49
-"""How far from a level a place may be that rounds to it, so that float32 leaves no doubt."""
-
-
-def places_of(weight: Tensor, ladders: Ladders) -> Tensor:
-    """Where weights are, [rows, columns]."""
-    place = torch.empty_like(weight)
-    locate(weight.numpy(), ladders.values.numpy(), ladders.group.numpy(), place.numpy())
-    return place
-
-
-def begin(weight: Tensor, ladders: Ladders, codes: Tensor) -> tuple[Tensor, Tensor]:
-    """Places of the weights, and what to add so that each rounds to its given code and is as near to the weight as that
-    allows: zero for codes that are the nearest."""
-    place, index = places_of(weight, ladders), ladders.index_of(codes).float()
-    ends = (index == 0, index == ladders.values.shape[2] - 1)  # whatever lies beyond rounds there too
-    low = torch.where(ends[0], -torch.inf, index - INSIDE)
-    high = torch.where(ends[1], torch.inf, index + INSIDE)
-    return place, place.clamp(low, high) - place
 
 
 @fast
@@ -116,3 +94,20 @@ def lean(
                 low = min(max(int(np.floor(p)), 0), last - 1)
                 change -= part[low] + (p - low) * (part[low + 1] - part[low])
             slope[r, entry[j]] += gradient[r, j] * change
+
+
+@fast
+def collect(gradient: Floats, index: Ints, parts: Floats, group: Ints, entry: Ints, slope: Floats) -> None:
+    """Gradient for the entries of a linear parameter, levels given.
+
+    Args:
+        gradient: [rows, n], of the loss for the values.
+        index: [rows, n].
+        parts: [rows, groups, levels], what the parameter multiplies.
+        entry: [n], which of the parameter's entries a column has.
+        slope: [rows, entries], zeros, receives the gradient.
+    """
+    rows, n = gradient.shape
+    for r in range(rows):
+        for j in range(n):
+            slope[r, entry[j]] += gradient[r, j] * parts[r, group[j], index[r, j]]
