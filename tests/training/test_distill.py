@@ -9,6 +9,7 @@ import torch
 from poise.checkpoints import open_checkpoint
 from poise.core.errors import PoiseError, UsageError
 from poise.core.registry import build, get
+from poise.training._codes import LearnedWeight
 from poise.training.distill import Distill, _attach, _Divergence, distill_of
 
 SPECS = [
@@ -106,6 +107,54 @@ def test_tuning_mends_spoiled_scales_and_keeps_the_codes(pair, spec):
     assert any(
         not torch.equal(w.params["scale"], weights[n].params["scale"]) for n, w in tuned.weights.items()
     )
+
+
+@pytest.mark.parametrize("spec", [*SPECS, "q4_k"])
+def test_learned_codes_begin_as_they_are_and_pass_gradients(spec):
+    dice = torch.Generator().manual_seed(2)
+    original, probe = (torch.randn(8, 256, generator=dice) for _ in range(2))
+    format = build("format", spec).resolve("float16")
+    weight = build("solver", "rtn").solve(original, format)
+    codes = weight.codes.clone()
+    codes[:, :250:5] = weight.codes[:, 1:251:5]  # codes that are not the nearest
+    weight = dataclasses.replace(weight, codes=codes)
+    part = LearnedWeight(original, weight, transposed=True)
+    assert torch.equal(part.result().codes, codes)
+    for value in part.parameters():
+        value.requires_grad_(True)
+    got = part(torch.empty(0)).T
+    assert torch.equal(got, weight.decode().to(torch.bfloat16))
+    (got.float() * probe).sum().backward()
+    for key, basis in format.basis(codes, weight.params).items():
+        span = format.span_of(key, 256)
+        expected = (basis * probe.to(torch.bfloat16).float()).view(8, -1, span).sum(-1)
+        assert torch.allclose(part.linear[key].grad, expected, rtol=1e-3, atol=1e-3)
+    ladder = format.ladder(weight.params, 8, 256).sort(-1).values.repeat_interleave(format.group_of(256), 1)
+    gaps = ladder.diff(dim=-1)
+    low = part.places.detach().floor().clamp(0, gaps.shape[-1] - 1).long()
+    inside = (part.places >= -0.5) & (part.places < gaps.shape[-1] + 0.5)
+    expected = probe * gaps.gather(2, low.unsqueeze(2)).squeeze(2) * inside
+    assert torch.allclose(part.places.grad, expected, rtol=0.02, atol=1e-4)
+
+
+def test_learned_codes_find_back_from_spoiled_ones(pair):
+    """A tenth of the codes is moved by one; scales alone cannot mend that."""
+    model, teacher = pair
+    weights = quantized(model, SPECS[1])
+    dice = torch.Generator().manual_seed(5)
+    for name, weight in weights.items():
+        moved = torch.rand(weight.codes.shape, generator=dice) < 0.1
+        codes = torch.where(moved, (weight.codes.int() ^ 1).to(weight.codes.dtype), weight.codes)
+        weights[name] = dataclasses.replace(weight, codes=codes)
+    fresh, found = copy.deepcopy(model), []
+    for student, rate in ((model, 0.0), (fresh, 0.02)):
+        recipe = Distill(steps=40, batch=192, every=10, code_rate=rate)
+        found.append(recipe.run(student, teacher, weights, frozenset(), text(0), lambda *_: None))
+    frozen, learned = found
+    assert abs(frozen.before - learned.before) < 0.02 * frozen.before
+    assert learned.after < 0.8 * frozen.after
+    changed = [(w.codes != weights[n].codes).float().mean() for n, w in learned.weights.items()]
+    assert 0.001 < torch.stack(changed).mean() < 0.5
 
 
 def test_training_that_only_hurts_is_given_up(pair):

@@ -121,10 +121,10 @@ class LinearLadders:
         lean(*(array.numpy() for array in arrays))
         return found * self.params[key].float()
 
-    def collected(self, key: str, gradient: Tensor, index: Tensor) -> Tensor:
-        """Gradient for a parameter, levels given."""
-        found = torch.zeros(self.params[key].shape)
+    def collected(self, key: str, gradient: Tensor, index: Tensor, rows: slice) -> Tensor:
+        """Gradient for a parameter of some rows, levels given."""
+        found = torch.zeros(self.params[key][rows].shape)
         entry = self.entries[key][self.group.long()].contiguous()
-        arrays = (gradient, index, self.parts[key], self.group, entry, found)
+        arrays = (gradient[rows], index[rows], self.parts[key][rows], self.group, entry, found)
         collect(*(array.numpy() for array in arrays))
         return found

@@ -1,4 +1,4 @@
-"""End-to-end distillation: scales, zero points and norms learn the original's answers; codes stay as they are.
+"""End-to-end distillation: scales, zero points and norms learn the original's answers, and codes if that is wanted.
 
 A layer's weight is the sum of what its linear parameters multiply (``Format.basis``), so gradients reach them without
 straight-through tricks, in any format that has some. The loss is the Kullback-Leibler divergence of next-token
@@ -19,9 +19,12 @@ from torch.nn.utils import parametrize
 from poise.core.errors import PoiseError, UsageError
 from poise.core.format import Params, QTensor
 from poise.core.registry import parse_spec
+from poise.training._codes import LearnedWeight
 
 ROWS = 16
 """Positions whose distributions over the vocabulary are in memory at a time."""
+SMALL = 1e-16
+"""Adam's epsilon: gradients of single weights are far below the usual 1e-8."""
 WARMUP = 8
 """Steps until the learning rate is reached."""
 
@@ -56,6 +59,8 @@ class Distill:
         batch: tokens of a step, about.
         scale_rate: learning rate of scales, as a share of their root mean square.
         norm_rate: learning rate of norms.
+        code_rate: learning rate of codes, in levels a step; 0 leaves them as they are. Formats that are not scalar keep
+            theirs.
         held: share of the windows that only judge.
         every: steps between two evaluations.
         seed: of the order of windows.
@@ -65,6 +70,7 @@ class Distill:
     batch: int = 2048
     scale_rate: float = 1e-2
     norm_rate: float = 1e-3
+    code_rate: float = 0.0
     held: float = 0.06
     every: int = 20
     seed: int = 0
@@ -101,7 +107,10 @@ class Distill:
         held, train = windows[-count:], windows[:-count]
         batch = max(1, self.batch // len(windows[0]))
         model.requires_grad_(False)
-        parts = {name: _attach(model, name, weight, name in transposed) for name, weight in weights.items()}
+        parts = {
+            name: _attach(model, name, weight, name in transposed, self.code_rate > 0)
+            for name, weight in weights.items()
+        }
         norms = {
             name: value
             for name, value in model.named_parameters()
@@ -110,12 +119,14 @@ class Distill:
         scales = [value for part in parts.values() for value in part.linear.values()]
         groups = [{"params": list(norms.values()), "lr": self.norm_rate}]
         groups += [{"params": [value], "lr": self.scale_rate * _size(value)} for value in scales]
-        for value in [*norms.values(), *scales]:
+        places = [part.places for part in parts.values() if isinstance(part, LearnedWeight)]
+        groups += [{"params": places, "lr": self.code_rate}]
+        tuned = [*norms.values(), *scales, *places]
+        for value in tuned:
             value.requires_grad_(True)
-        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
+        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), eps=SMALL)
         rates = [float(group["lr"]) for group in optimizer.param_groups]
         dice = torch.Generator().manual_seed(self.seed)
-        tuned = [*norms.values(), *scales]
         best, best_step, before = (
             [value.detach().clone() for value in tuned],
             0,
@@ -254,10 +265,17 @@ class _Weight(nn.Module):
         return QTensor(codes=self.weight.codes, params=params, format=self.weight.format)
 
 
-def _attach(model: nn.Module, name: str, weight: QTensor, transposed: bool) -> _Weight:
-    """Makes a parameter of the model the decoded weight, differentiable in its linear parameters."""
+def _attach(
+    model: nn.Module, name: str, weight: QTensor, transposed: bool, codes: bool = False
+) -> _Weight | LearnedWeight:
+    """Makes a parameter of the model the decoded weight, differentiable in its linear parameters, and codes if wanted."""
     path, _, leaf = name.rpartition(".")
-    part = _Weight(weight, transposed)
+    part: _Weight | LearnedWeight
+    if codes and weight.format.alphabet is not None:
+        original = getattr(model.get_submodule(path), leaf).detach()
+        part = LearnedWeight(original.T if transposed else original, weight, transposed)
+    else:
+        part = _Weight(weight, transposed)
     parametrize.register_parametrization(model.get_submodule(path), leaf, part, unsafe=True)
     return part
 

@@ -1,0 +1,110 @@
+"""Weights whose codes are trained, with the parameters in which decoding is linear.
+
+A weight is a place between two levels and counts as the nearest level. Its gradient goes straight through the rounding:
+the loss falls with the place as fast as it would if the value did not jump. (Bengio et al. 2013, arXiv 1308.3432; places
+in units of levels, as in LSQ, Esser et al. 2019, arXiv 1902.08153.)
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from poise.core.format import QTensor
+from poise.core.slabs import map_slabs
+from poise.kernels.ladders import LinearLadders, begin, ladders_of
+from poise.kernels.places import settle
+
+INSIDE = 0.4
+"""How far from its level a place may begin: noise of the first steps moves no code."""
+
+
+class LearnedWeight(nn.Module):
+    """A weight of a scalar format as places and parameters.
+
+    Args:
+        original: the weight before it was quantized, [rows, columns]; places begin as near to it as the codes allow.
+        weight: the quantized one.
+        transposed: whether the model stores [in, out].
+    """
+
+    def __init__(self, original: Tensor, weight: QTensor, transposed: bool) -> None:
+        super().__init__()
+        self.weight, self.transposed = weight, transposed
+        rows, columns = weight.shape
+        ladders = ladders_of(weight.format, weight.params, rows, columns)
+        assert ladders is not None  # asked of scalar formats alone
+        self.ladders = ladders
+        self.parts = LinearLadders(weight.format, weight.params, ladders, weight.format.linear, columns)
+        place, offset = begin(original.float().contiguous(), ladders, weight.codes, INSIDE)
+        last = ladders.values.shape[2] - 1
+        self.places = nn.Parameter((place + offset).clamp_(-0.5, last + 0.5), requires_grad=False)
+        self.linear = nn.ParameterDict(
+            {
+                key: nn.Parameter(weight.params[key].float(), requires_grad=False)
+                for key in weight.format.linear
+            }
+        )
+
+    def forward(self, _: Tensor) -> Tensor:
+        keys = list(self.linear)
+        whole: Tensor = _Settle.apply(
+            self.parts, self.ladders.values, keys, self.places, *self.linear.values()
+        )  # type: ignore[no-untyped-call]
+        return whole.T if self.transposed else whole
+
+    def result(self) -> QTensor:
+        """Codes and parameters of now, as they are stored."""
+        linear = {key: value.detach() for key, value in self.linear.items()}
+        values = _values(self.parts, self.ladders.values, linear)
+        index, _, _ = _settled(self.places.detach(), values, self.parts)
+        params = {
+            key: linear[key].to(value.dtype) if key in linear else value
+            for key, value in self.weight.params.items()
+        }
+        return QTensor(codes=self.ladders.decode(index), params=params, format=self.weight.format)
+
+
+class _Settle(torch.autograd.Function):
+    """Values of the levels nearest to places; the gradient goes to the places and to linear parameters."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, parts: LinearLadders, fixed: Tensor, keys: list[str], places: Tensor, *linear: Tensor
+    ) -> Tensor:
+        values = _values(parts, fixed, dict(zip(keys, linear, strict=True)))
+        index, value, gap = _settled(places, values, parts)
+        ctx.parts, ctx.keys = parts, keys
+        ctx.save_for_backward(index, gap)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Any, ...]:
+        index, gap = ctx.saved_tensors
+        gradient = outer[0].float().contiguous()
+        slopes = [
+            torch.cat(map_slabs(partial(ctx.parts.collected, key, gradient, index), *index.shape))
+            for key in ctx.keys
+        ]
+        return None, None, None, gradient * gap, *slopes
+
+
+def _values(parts: LinearLadders, fixed: Tensor, linear: dict[str, Tensor]) -> Tensor:
+    """Ladders for parameters of now, [rows, groups, levels]; of a format without linear ones, those that it has."""
+    return parts.values(linear) if linear else fixed
+
+
+def _settled(places: Tensor, values: Tensor, parts: LinearLadders) -> tuple[Tensor, Tensor, Tensor]:
+    """Levels, their values in bfloat16, and the distances of levels around them in bfloat16."""
+
+    def work(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        place = places[rows]
+        index = torch.empty(place.shape, dtype=torch.uint8)
+        value, gap = torch.empty_like(place), torch.empty_like(place)
+        arrays = (place, values[rows], parts.group, index, value, gap)
+        settle(*(array.numpy() for array in arrays))
+        return index, value.to(torch.bfloat16), gap.to(torch.bfloat16)
+
+    index, value, gap = zip(*map_slabs(work, *places.shape), strict=True)
+    return torch.cat(index), torch.cat(value), torch.cat(gap)
