@@ -45,6 +45,7 @@ ARCHITECTURES = {
     "llama": BASE,
     "llama-tied": {**BASE, "tie_word_embeddings": True},
     "mistral": BASE,
+    "qwen2": BASE,
     "qwen3": {**BASE, "head_dim": 16},
     "gemma3_text": {**BASE, "head_dim": 16, "query_pre_attn_scalar": 16},
     "phi3": BASE,

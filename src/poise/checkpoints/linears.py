@@ -141,20 +141,21 @@ class Skeleton:
         order: list[tuple[str, Tensor]] = []
         handles = []
         for name, module in self.model.named_modules():
-            if _is_experts(module):
-                module.forward = _keep_shape  # routing needs real numbers
-            if _is_linear(module) or _is_experts(module):
+            if _is_linear(module) or is_experts(module):
                 handles.append(module.register_forward_pre_hook(_recorder(order, name), with_kwargs=True))
         try:
-            self._run()
+            self.run()
         finally:
             for handle in handles:
                 handle.remove()
         first: dict[int, str] = {}
         return {name: first.setdefault(id(value), name) for name, value in order}
 
-    def _run(self) -> None:
+    def run(self) -> None:
         """Sends four meta tokens through; models differ in which attention mask spares them real numbers."""
+        for module in self.model.modules():
+            if is_experts(module):
+                module.forward = _keep_shape  # routing needs real numbers
         tokens = torch.zeros(1, 4, dtype=torch.long, device="meta")
         masks = (torch.zeros(1, 1, 4, 4, device="meta"), None)
         for mask in masks:
@@ -220,7 +221,7 @@ def _linear(skeleton: Skeleton, name: str, shape: tuple[int, ...], place: _Place
         )
     if isinstance(module, nn.Embedding) or not place.parameter.endswith(("weight", "proj")):
         return None
-    if _is_experts(module):
+    if is_experts(module):
         return _expert_linear(name, shape, place, path, block, bool(getattr(module, "is_transposed", False)))
     if len(shape) != 2:
         return None
@@ -321,11 +322,11 @@ def _ffn_role(skeleton: Skeleton, path: str, rows: int) -> str:
 
 def _beside_experts(skeleton: Skeleton, path: str) -> bool:
     parent = skeleton.model.get_submodule(path.rpartition(".")[0])
-    return any(_is_experts(child) for child in parent.children())
+    return any(is_experts(child) for child in parent.children())
 
 
 def _beside_experts_leaf(skeleton: Skeleton, name: str) -> bool:
-    return _is_experts(skeleton.model.get_submodule(name))
+    return is_experts(skeleton.model.get_submodule(name))
 
 
 def _is_conv1d(module: nn.Module | None) -> bool:
@@ -338,7 +339,7 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or _is_conv1d(module)
 
 
-def _is_experts(module: nn.Module) -> bool:
+def is_experts(module: nn.Module) -> bool:
     """A module that owns a stack of matrices, [experts, ., .]."""
     return any(parameter.dim() == 3 for parameter in module.parameters(recurse=False)) and not isinstance(
         module, nn.modules.conv._ConvNd

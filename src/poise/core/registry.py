@@ -22,6 +22,7 @@ from poise.core.errors import UsageError
 KINDS = {
     "format": ("poise.formats", "poise.core.format", "Format"),
     "solver": ("poise.solvers", "poise.core.solver", "Solver"),
+    "transform": ("poise.transforms", "poise.core.transform", "Transform"),
     "exporter": ("poise.exporters", "poise.core.exporter", "Exporter"),
     "engine": ("poise.engines", "poise.core.engine", "Engine"),
     "metric": ("poise.metrics", "poise.core.metric", "Metric"),

@@ -261,13 +261,15 @@ class Blocks:
         return seen[0]
 
 
-def fill(model: nn.Module, skeleton: Skeleton, name: str, value: Tensor) -> None:
-    """Puts a tensor of the file where it belongs in a model, as float32: experts may be parts of a fused parameter."""
+def fill(
+    model: nn.Module, skeleton: Skeleton, name: str, value: Tensor, dtype: torch.dtype = torch.float32
+) -> None:
+    """Puts a tensor of the file where it belongs in a model: experts may be parts of a fused parameter."""
     place = skeleton.place(name)
     path, _, leaf = place.parameter.rpartition(".")
     module = model.get_submodule(path)
     if place.expert is None:
-        module._parameters[leaf] = nn.Parameter(value.float(), requires_grad=False)
+        module._parameters[leaf] = nn.Parameter(value.to(dtype), requires_grad=False)
         return
     old = module._parameters[leaf]
     assert old is not None  # experts have weights
@@ -276,7 +278,7 @@ def fill(model: nn.Module, skeleton: Skeleton, name: str, value: Tensor) -> None
     target = old.data[place.expert]
     half = len(target) // 2
     part = {"gate": slice(0, half), "up": slice(half, None), "down": slice(None)}[place.part]
-    target[part] = value.float()
+    target[part] = value.to(dtype)
 
 
 def as_stored(linear: Linear, weight: Tensor) -> Tensor:
