@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from poise.checkpoints.linears import Skeleton, is_experts
 from poise.core.checkpoint import Checkpoint
+from poise.core.linear import Linear
 from poise.core.topology import Norm, Pair, Topology
 
 SHAPES = {
@@ -104,10 +105,12 @@ class _Trace(TorchFunctionMode):
         if out is not None:
             self.alive.append(out)
             self.made_of[id(out)] = frozenset().union(*(self.made_of.get(id(value), ()) for value in tensors))
-        if not known or (label := self.result(name, args, tensors, known, out)) is True:
+        if not known:
             return
-        if isinstance(label, _Label) and out is not None:
-            self.label(out, label)
+        found = self.result(name, args, tensors, known, out)
+        if isinstance(found, _Label) and out is not None:
+            self.label(out, found)
+        if found:
             return
         for _, old in known:
             if old.kind == "norm":
@@ -241,11 +244,47 @@ def _nature(module: nn.Module) -> tuple[float, bool]:
     own = copy.deepcopy(module).to_empty(device="cpu").double()
     for value in own.parameters():
         value.fill_(0)
-    x = torch.linspace(-1, 2, own.weight.numel(), dtype=torch.float64).unsqueeze(0)  # type: ignore[arg-type]
+    weight = own.get_parameter("weight")
+    x = torch.linspace(-1, 2, weight.numel(), dtype=torch.float64).unsqueeze(0)
     unit = 1.0 if bool((own(x) == 0).all()) else 0.0
-    own.weight.fill_(unit)  # type: ignore[operator]
+    weight.fill_(unit)
     centered = bool(torch.allclose(own(x + 5), own(x), atol=1e-3))
     return unit, centered
+
+
+class _Names:
+    """Matrices and tensors of a checkpoint by the modules that they belong to."""
+
+    def __init__(self, checkpoint: Checkpoint, skeleton: Skeleton) -> None:
+        self.linears = checkpoint.linears()
+        self.table = next(linear for linear in self.linears if linear.role == "embedding")
+        self.head = (skeleton.head or "").rpartition(".")[0]
+        self.tensors = {skeleton.place(name).parameter: name for name in checkpoint.tensors()}
+        self.of: dict[str, list[Linear]] = {}
+        for linear in self.linears:
+            path = skeleton.place(linear.name).parameter.rpartition(".")[0]
+            self.of.setdefault(path, []).append(linear)
+
+    def reading(self, path: str) -> list[Linear]:
+        """Matrices that read what their module is given."""
+        found = self.of.get(path, [])
+        if path == self.head:
+            return found or [self.table]
+        return [linear for linear in found if linear.role != "expert.down"]
+
+    def writing(self, path: str) -> list[Linear]:
+        """Matrices that make what their module gives."""
+        found = self.of.get(path, [])
+        stacked = any(linear.role.startswith("expert.") for linear in found)
+        return [linear for linear in found if linear.role == "expert.down" or not stacked]
+
+    def alone(self, path: str) -> Linear | None:
+        """The one matrix of a module."""
+        found = self.of.get(path, [])
+        return found[0] if len(found) == 1 and found[0].experts is None else None
+
+    def bias(self, path: str) -> str | None:
+        return self.tensors.get(f"{path}.bias")
 
 
 def find_topology(checkpoint: Checkpoint) -> Topology:
@@ -255,80 +294,69 @@ def find_topology(checkpoint: Checkpoint) -> Topology:
         CheckpointError: unknown architecture.
     """
     skeleton = Skeleton(checkpoint.config)
-    seen = _trace(skeleton)
-    linears = checkpoint.linears()
-    tensors = {skeleton.place(name).parameter: name for name in checkpoint.tensors()}
-    of_module: dict[str, list[Any]] = {}
-    for linear in linears:
-        path = skeleton.place(linear.name).parameter.rpartition(".")[0]
-        of_module.setdefault(path, []).append(linear)
-    head_path = (skeleton.head or "").rpartition(".")[0]
-    table = next(linear for linear in linears if linear.role == "embedding")
-
-    def reading(path: str) -> list[Any]:
-        found = of_module.get(path, [])
-        if path == head_path:
-            return found or [table]
-        return [linear for linear in found if linear.role != "expert.down"]
-
-    def writing(path: str) -> list[Any]:
-        found = of_module.get(path, [])
-        stacked = any(linear.role.startswith("expert.") for linear in found)
-        return [linear for linear in found if linear.role == "expert.down" or not stacked]
-
-    norms = []
-    for path, readers in seen.readers.items():
-        module = skeleton.model.get_submodule(path)
-        unit, centered = _nature(module)
-        matrices = [linear for reader in dict.fromkeys(readers) for linear in reading(reader)]
-        blocks = [linear.block for linear in matrices]
-        norms.append(
-            Norm(
-                weight=tensors[f"{path}.weight"],
-                bias=tensors.get(f"{path}.bias"),
-                unit=unit,
-                centered=centered,
-                residual=seen.norm_reads.get(path) == "stream",
-                readers=tuple(linear.name for linear in matrices),
-                only=path not in seen.spoiled and all(reading(reader) for reader in readers),
-                block=blocks[0] if blocks else None,
-            )
-        )
-    pairs = []
-    for writer, reader, head in seen.pairs:
-        one, other = of_module.get(writer, []), of_module.get(reader, [])
-        if len(one) == len(other) == 1 and one[0].experts is None and other[0].experts is None:
-            repeats = other[0].columns // one[0].rows
-            pairs.append(
-                Pair(
-                    writer=one[0].name,
-                    reader=other[0].name,
-                    bias=tensors.get(f"{writer}.bias"),
-                    head=head or None,
-                    repeats=repeats,
-                    block=one[0].block,
-                )
-            )
-    unread = [path for path, kind in seen.norm_reads.items() if kind == "stream" and path not in seen.readers]
-    mixed = seen.mixed
-    if mixed is None and unread:
-        mixed = f"{unread[0]} reads the residual stream and no matrix reads it"
-    if mixed is None and not any(
-        reader == head_path for readers in seen.readers.values() for reader in readers
-    ):
-        mixed = "the head does not read a norm of the residual stream"
-    if mixed is None and any(norm.residual and not norm.only for norm in norms):
-        mixed = "something besides matrices reads a norm of the residual stream"
-    if mixed is None and any(norm.residual and norm.centered for norm in norms):
-        mixed = "its norms subtract the mean, which a rotation does not keep"
+    names, seen = _Names(checkpoint, skeleton), _trace(skeleton)
+    norms = tuple(_norm(names, seen, path, skeleton.model.get_submodule(path)) for path in seen.readers)
     writers = list(dict.fromkeys(seen.writers))
     return Topology(
-        norms=tuple(norms),
-        pairs=tuple(pairs),
-        embedding=table.name,
-        head=next((linear.name for linear in linears if linear.role == "head"), None),
-        writers=tuple(linear.name for path in writers for linear in writing(path)),
-        biases=tuple(tensors[f"{path}.bias"] for path in writers if f"{path}.bias" in tensors),
-        width=table.columns,
-        mixed=mixed,
+        norms=norms,
+        pairs=tuple(pair for found in seen.pairs if (pair := _pair(names, *found)) is not None),
+        embedding=names.table.name,
+        head=next((linear.name for linear in names.linears if linear.role == "head"), None),
+        writers=tuple(linear.name for path in writers for linear in names.writing(path)),
+        biases=tuple(bias for path in writers if (bias := names.bias(path)) is not None),
+        width=names.table.columns,
+        bias_of={
+            linear.name: bias
+            for path in names.of
+            if (linear := names.alone(path)) is not None and (bias := names.bias(path)) is not None
+        },
+        mixed=_mixed(names, seen, norms),
     )
+
+
+def _norm(names: _Names, seen: _Seen, path: str, module: nn.Module) -> Norm:
+    readers = dict.fromkeys(seen.readers[path])
+    matrices = [linear for reader in readers for linear in names.reading(reader)]
+    unit, centered = _nature(module)
+    return Norm(
+        weight=names.tensors[f"{path}.weight"],
+        bias=names.bias(path),
+        unit=unit,
+        centered=centered,
+        residual=seen.norm_reads.get(path) == "stream",
+        readers=tuple(linear.name for linear in matrices),
+        only=path not in seen.spoiled
+        and all(names.reading(reader) for reader in readers)
+        and names.table not in matrices,
+        block=matrices[0].block if matrices else None,
+    )
+
+
+def _pair(names: _Names, writer: str, reader: str, head: int) -> Pair | None:
+    one, other = names.alone(writer), names.alone(reader)
+    if one is None or other is None:
+        return None
+    return Pair(
+        writer=one.name,
+        reader=other.name,
+        bias=names.bias(writer),
+        head=head or None,
+        repeats=other.columns // one.rows,
+        block=one.block,
+    )
+
+
+def _mixed(names: _Names, seen: _Seen, norms: tuple[Norm, ...]) -> str | None:
+    """Why the residual stream cannot be rotated."""
+    if seen.mixed is not None:
+        return seen.mixed
+    unread = [path for path, kind in seen.norm_reads.items() if kind == "stream" and path not in seen.readers]
+    if unread:
+        return f"{unread[0]} reads the residual stream and no matrix reads it"
+    if not any(names.head in readers for readers in seen.readers.values()):
+        return "the head does not read a norm of the residual stream"
+    if any(norm.residual and not norm.only and names.table.name not in norm.readers for norm in norms):
+        return "something besides matrices reads a norm of the residual stream"
+    if any(norm.residual and norm.centered for norm in norms):
+        return "its norms subtract the mean, which a rotation does not keep"
+    return None

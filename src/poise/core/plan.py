@@ -45,6 +45,7 @@ class Recipe:
     """An ordered list of rules: the first that matches a tensor decides.
 
     Attributes:
+        transforms: specs of what is done to weights before they are rounded, in this order.
         tune: spec of the training that comes after it, or None.
         tokens: of calibration text; None for what the solvers need.
     """
@@ -53,6 +54,7 @@ class Recipe:
     description: str
     rules: tuple[Rule, ...]
     gates: dict[str, float] = field(default_factory=dict)
+    transforms: tuple[str, ...] = ()
     tune: str | None = None
     tokens: int | None = None
 
@@ -84,12 +86,13 @@ class PlanRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Every matrix of a model, in the model's order, for one exporter; ``tune`` and ``tokens`` as in
-    the recipe."""
+    """Every matrix of a model, in the model's order, for one exporter; ``transforms``, ``tune`` and
+    ``tokens`` as in the recipe."""
 
     recipe: str
     exporter: str
     rows: tuple[PlanRow, ...]
+    transforms: tuple[str, ...] = ()
     tune: str | None = None
     tokens: int | None = None
 
@@ -121,6 +124,7 @@ class Plan:
             if data.pop("schema_version") != SCHEMA_VERSION:
                 raise ValueError(f"only schema_version {SCHEMA_VERSION} is known")
             rows = tuple(PlanRow(**row) for row in data.pop("rows"))
-            return cls(rows=rows, **data)
+            transforms = tuple(data.pop("transforms", ()))
+            return cls(rows=rows, transforms=transforms, **data)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a plan: {error}") from error

@@ -156,7 +156,7 @@ def _with_bits(name: str, arguments: dict[str, Any]) -> tuple[str, dict[str, Any
 
 def spec_of(thing: Any) -> str:
     """The shortest spec that builds an equal instance: only fields that differ from their default."""
-    if steps := getattr(thing, "steps", None):
+    if isinstance(steps := getattr(thing, "steps", None), tuple):
         return " -> ".join(spec_of(step) for step in steps)
     given = [
         f"{field.name}={getattr(thing, field.name)!r}"

@@ -19,6 +19,8 @@ class Stats:
         hessian: E[x x^T], [columns, columns], of the inputs that the quantized layer will read; or [k, columns,
             columns], one for each of k equal runs of rows, when every token is weighed by what the run's outputs
             matter.
+        mean: E[x_j], [columns].
+        largest: largest |x_j|, [columns].
         cross: E[x' x^T], [columns, columns], x' the inputs in the original model where x comes from layers that are
             quantized already.
         notes: what is doubtful about them, for people.
@@ -29,6 +31,8 @@ class Stats:
     data_hash: str
     hessian: Tensor | None = None
     cross: Tensor | None = None
+    mean: Tensor | None = None
+    largest: Tensor | None = None
     notes: tuple[str, ...] = ()
     _derived: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 

@@ -1,5 +1,6 @@
 """How matrices of a model hang together: what a rewriting of weights has to know to leave the function as it is."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -14,7 +15,7 @@ class Norm:
         centered: whether it subtracts the mean.
         residual: whether it reads the residual stream.
         readers: names of the matrices that read it.
-        only: whether nothing else reads it.
+        only: whether nothing else reads it; a head that is the embedding counts as something else.
         block: index of the decoder block of its readers, None for the last norm.
     """
 
@@ -58,6 +59,7 @@ class Topology:
         head: name of the tensor that makes logits; None if it is the embedding.
         writers: names of the matrices that add to the residual stream, and of their biases.
         width: of the residual stream.
+        bias_of: name of a matrix -> name of the bias that is added to its outputs.
         mixed: why the residual stream cannot be rotated, or None.
     """
 
@@ -68,4 +70,5 @@ class Topology:
     writers: tuple[str, ...]
     biases: tuple[str, ...]
     width: int
+    bias_of: Mapping[str, str]
     mixed: str | None

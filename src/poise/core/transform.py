@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from torch import Tensor
@@ -64,12 +64,15 @@ class Material:
         read: gives matrices.
         formats: name of a matrix -> the format that it is planned in; kept ones are missing.
         stats: name of a matrix -> what is known of its inputs; empty where the transform needs nothing.
+        rounded: name of a matrix -> itself as it was rounded, and what is known of what it then reads; for transforms
+            that come after rounding.
     """
 
     topology: Topology
     read: Read
     formats: Mapping[str, Format]
     stats: Mapping[str, Stats]
+    rounded: Mapping[str, tuple[Tensor, Stats]] = field(default_factory=dict)
 
 
 class Transform(ABC):
@@ -77,6 +80,9 @@ class Transform(ABC):
 
     needs: ClassVar[frozenset[str]] = frozenset()
     """Fields of ``Stats`` without which it cannot work; those that need some are called block by block."""
+
+    after: ClassVar[bool] = False
+    """Whether it comes after rounding and mends what that did; without rounding it changes nothing."""
 
     unties: ClassVar[bool] = False
     """Whether it gives the head a tensor of its own."""

@@ -156,15 +156,16 @@ class Blocks:
 
     def _load(self, names: Any) -> None:
         for name in names:
-            self._fill(name, self.checkpoint.read(name))
+            self.fill(name, self.checkpoint.read(name))
 
-    def _fill(self, name: str, value: Tensor) -> None:
+    def fill(self, name: str, value: Tensor) -> None:
+        """Puts a tensor of the checkpoint where it belongs."""
         fill(self.model, self.skeleton, name, value)
 
     @torch.no_grad()
     def put(self, linear: Linear, weight: Tensor) -> None:
         """Replaces a matrix of the open block, [rows, columns]."""
-        self._fill(linear.name, as_stored(linear, weight))
+        self.fill(linear.name, as_stored(linear, weight))
 
     @torch.no_grad()
     def run(self, hidden: Tensor) -> Tensor:

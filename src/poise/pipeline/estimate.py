@@ -14,7 +14,7 @@ from poise.core.plan import Plan, PlanRow
 from poise.core.registry import build
 from poise.core.run import peak_memory
 from poise.core.stats import Stats
-from poise.pipeline.reading import tokens_of, wants_hessian, wants_stats
+from poise.pipeline.reading import reads, tokens_of, wants_hessian
 from poise.pipeline.spool import MEMORY
 from poise.pipeline.stream import BATCH_TOKENS, READ
 
@@ -91,7 +91,7 @@ def estimate(checkpoint: Checkpoint, plan: Plan, out: Path) -> Estimate:
 
 def _reading_cost(checkpoint: Checkpoint, plan: Plan) -> tuple[float, int, int]:
     """Seconds, bytes of memory and bytes of disk that reading and training take."""
-    if not wants_stats(plan) and plan.tune is None:
+    if not reads(plan):
         return 0.0, 0, 0
     tokens = tokens_of(plan)
     linears = {linear.name: linear for linear in checkpoint.linears()}

@@ -38,6 +38,8 @@ class Moments:
         self.square: dict[str, Tensor] = {}
         self.hessian: dict[str, Tensor] = {}
         self.cross: dict[str, Tensor] = {}
+        self.sum: dict[str, Tensor] = {}
+        self.largest: dict[str, Tensor] = {}
         self.made: dict[str, Stats] = {}
 
     def add(self, group: str, x: Tensor) -> None:
@@ -46,6 +48,9 @@ class Moments:
         seen = slice(self.count.get(group, 0), self.count.get(group, 0) + len(x))
         self.count[group] = self.count.get(group, 0) + len(x)
         self.square[group] = self.square.get(group, 0) + x.double().square().sum(0)
+        self.sum[group] = self.sum.get(group, 0) + x.double().sum(0)
+        largest = x.abs().amax(0)
+        self.largest[group] = largest.maximum(self.largest.get(group, largest))
         if not self.full:
             return
         before = self.original[group][batch] if group in self.original else None
@@ -114,6 +119,8 @@ class Moments:
             data_hash=data_hash,
             hessian=self.hessian.pop(group).div_(n) if self.full else None,
             cross=self.cross.pop(group).div_(n) if group in self.cross else None,
+            mean=(self.sum.pop(group) / n).float(),
+            largest=self.largest.pop(group),
             notes=tuple(notes),
         )
 
@@ -131,9 +138,10 @@ class Moments:
         own statistics decide as far as there are some, and one that was never chosen gets the average alone.
         """
         share = lacking / self.count[pool]
-        for sums in (self.square, self.hessian) if self.full else (self.square,):
+        for sums in (self.square, self.sum, self.hessian) if self.full else (self.square, self.sum):
             own, all_of_them = sums.get(group), sums[pool]
             sums[group] = all_of_them * share if own is None else own + all_of_them * share
+        self.largest[group] = self.largest[pool].maximum(self.largest.get(group, self.largest[pool]))
         self.count[group] = self.count.get(group, 0) + lacking
 
 

@@ -31,8 +31,9 @@ from poise.core.run import Run, commit, versions
 from poise.core.slabs import WEIGHTS, map_slabs, one_thread_each
 from poise.pipeline.estimate import Estimate, artifact_bytes, estimate, free_disk
 from poise.pipeline.progress import Progress, silent
-from poise.pipeline.reading import reading_of, tokens_of, wants_stats
+from poise.pipeline.reading import reading_of, reads, tokens_of, wants_stats
 from poise.pipeline.stream import solve_plan
+from poise.pipeline.transforming import checked, corrected, transformed
 from poise.pipeline.tuning import tune
 from poise.pipeline.workspace import Workspace, explain_full_disk
 from poise.planning.planner import check_plan, make_plan
@@ -82,8 +83,10 @@ def quantize(
     """
     run = Run(command=_command(model, recipe, to, calibration), inputs={})
     checkpoint = open_checkpoint(model)
-    jobs = _jobs(checkpoint, recipe, Path(out), to)
-    _check_disk(checkpoint, jobs)
+    wish = _wish(recipe)
+    planned = checked(checkpoint, wish.transforms)
+    jobs = _jobs(planned, wish, Path(out), to)
+    _check_disk(planned, jobs)
     run.inputs["source"] = checkpoint.fingerprint()
     readings = [reading_of(checkpoint, job.plan, calibration) for job in jobs]
     artifacts = []
@@ -104,12 +107,12 @@ def quantize(
             job.out.parent, f"free some and --resume: finished matrices are in {workspace.path}"
         ):
             windows = reading.calibration(workspace, progress)
-            solve_plan(
-                checkpoint, job.plan, windows and windows.first(tokens_of(job.plan)), workspace, progress
-            )
-            source = checkpoint
+            first = windows and windows.first(tokens_of(job.plan))
+            source = transformed(planned, job.plan, first, workspace, progress)
+            solve_plan(source, job.plan, first if wants_stats(job.plan) else None, workspace, progress)
+            source = corrected(source, job.plan, first, workspace, progress)
             if job.plan.tune is not None and windows is not None:
-                source = tune(checkpoint, job.plan, windows, workspace, progress)
+                source = tune(source, job.plan, windows, workspace, progress)
             if windows is not None:
                 tokenizer = checkpoint.tokenizer()
                 shingles = fingerprint(tokenizer.decode(window) for window in windows.windows)
@@ -128,7 +131,9 @@ def dry_run(
 ) -> list[Estimate]:
     """What ``quantize`` would do: the plan, sizes, time, memory and disk. Reads only the headers."""
     checkpoint = open_checkpoint(model)
-    return [estimate(checkpoint, job.plan, job.out) for job in _jobs(checkpoint, recipe, Path(out), to)]
+    wish = _wish(recipe)
+    planned = checked(checkpoint, wish.transforms)
+    return [estimate(planned, job.plan, job.out) for job in _jobs(planned, wish, Path(out), to)]
 
 
 def _command(
@@ -151,15 +156,12 @@ def _command(
     return " ".join(parts + ([f"--calibration {Path(calibration).name}"] if calibration else []))
 
 
-def _jobs(
-    checkpoint: Checkpoint, recipe: str | Path | Recipe | Plan, out: Path, to: str | Sequence[str]
-) -> list[_Job]:
+def _jobs(checkpoint: Checkpoint, wish: Recipe | Plan, out: Path, to: str | Sequence[str]) -> list[_Job]:
     exporters = [to] if isinstance(to, str) else list(to)
     if len(set(exporters)) != len(exporters) or not exporters:
         raise UsageError(f"name each exporter once, there is {', '.join(names('exporter'))}")
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file; name a folder")
-    wish = _wish(recipe)
     linears = checkpoint.linears()
     if not linears:
         raise UsageError(f"{checkpoint.source}: has no linear layer to quantize")
@@ -311,7 +313,7 @@ def _manifest(checkpoint: Checkpoint, exported: Checkpoint, job: _Job, run: Run,
         exporter=job.plan.exporter,
         model=model,
         plan_hash=job.plan.hash,
-        calibration=run.inputs["calibration"] if wants_stats(job.plan) else None,
+        calibration=run.inputs["calibration"] if reads(job.plan) else None,
         gates=job.gates,
         weights=weights,
         weight_bytes=exported.total_bytes,

@@ -16,6 +16,7 @@ from poise.core.registry import build, get
 from poise.core.run import available_memory
 from poise.pipeline.progress import Progress
 from poise.pipeline.stream import Calibration
+from poise.pipeline.transforming import needs_text
 from poise.pipeline.workspace import Workspace
 from poise.training.distill import distill_of
 
@@ -74,8 +75,8 @@ class Reading:
         return max(tokens_of(self.plan), trained)
 
     def calibration(self, workspace: Workspace, progress: Progress) -> Calibration | None:
-        """All windows, if a planned solver uses statistics or something is trained."""
-        if not wants_stats(self.plan) and self.plan.tune is None:
+        """All windows, if the plan needs any."""
+        if not reads(self.plan):
             return None
         limit = max(1, self.tokens // self.length)
         if self.text is not None:
@@ -140,10 +141,18 @@ def tokens_of(plan: Plan) -> int:
 
 
 def wants_hessian(plan: Plan) -> bool:
-    """Whether a planned solver uses products of inputs."""
-    return any("hessian" in build("solver", str(row.solver)).wants for row in plan.quantized)
+    """Whether a planned solver or a transform uses products of inputs."""
+    needs = [build("transform", spec).needs for spec in plan.transforms]
+    return any("hessian" in build("solver", str(row.solver)).wants for row in plan.quantized) or any(
+        "hessian" in need for need in needs
+    )
 
 
 def wants_stats(plan: Plan) -> bool:
     """Whether a planned solver uses any statistics."""
     return any(build("solver", str(row.solver)).wants for row in plan.quantized)
+
+
+def reads(plan: Plan) -> bool:
+    """Whether a plan needs text at all: for statistics, for transforms, or for training."""
+    return wants_stats(plan) or plan.tune is not None or needs_text(plan.transforms)

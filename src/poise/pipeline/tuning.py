@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from poise.checkpoints.linears import Skeleton
-from poise.checkpoints.replaced import Replaced
+from poise.checkpoints.rewritten import Rewritten
 from poise.core.checkpoint import Checkpoint
 from poise.core.format import QTensor
 from poise.core.plan import Plan
 from poise.core.registry import get
+from poise.core.transform import Rewrite
 from poise.pipeline.blocks import as_stored, fill
 from poise.pipeline.progress import Progress
 from poise.pipeline.stream import Calibration
@@ -29,7 +30,9 @@ def tune(
     known = workspace.load_tuned()
     if known is None:
         known = _train(checkpoint, plan, calibration, workspace, progress)
-    return Replaced(checkpoint, known)
+    return Rewritten(
+        checkpoint, [Rewrite(name=name, kind="set", value=value) for name, value in known.items()]
+    )
 
 
 def _train(

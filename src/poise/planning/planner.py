@@ -47,6 +47,7 @@ def make_plan(
         recipe=recipe.name,
         exporter=exporter,
         rows=tuple(rows),
+        transforms=recipe.transforms,
         tune=recipe.tune,
         tokens=recipe.tokens,
     )

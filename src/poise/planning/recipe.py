@@ -36,6 +36,7 @@ class _Recipe(_Strict):
     description: str
     rules: list[_Rule]
     gates: dict[str, float] = {}
+    transforms: list[str] = []
     tune: str | None = None
     tokens: int | None = None
 
@@ -85,12 +86,18 @@ def _parse(text: str, name: str, where: str) -> Recipe:
     for gate in data.gates:
         if gate not in GATES:
             raise UsageError(f"{where}: gates.{gate}: unknown gate; there is {', '.join(GATES)}")
+    for spec in data.transforms:
+        try:
+            build("transform", spec)
+        except UsageError as error:
+            raise UsageError(f"{where}: transforms: {error}") from error
     rules = tuple(_rule(rule, f"{where}: rule {number}") for number, rule in enumerate(data.rules, 1))
     return Recipe(
         name=name,
         description=data.description,
         rules=rules,
         gates=data.gates,
+        transforms=tuple(data.transforms),
         tune=data.tune,
         tokens=data.tokens,
     )

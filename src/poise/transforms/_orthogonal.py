@@ -77,7 +77,8 @@ def _jacobsthal(q: int) -> Tensor:
     squares[[k * k % q for k in range(1, q)]] = 1
     squares[0] = 0
     places = (torch.arange(q).unsqueeze(0) - torch.arange(q).unsqueeze(1)) % q
-    return squares[places]
+    found: Tensor = squares[places]
+    return found
 
 
 def _prime(q: int) -> bool:
@@ -88,7 +89,8 @@ def random_orthogonal(n: int, seed: int) -> Tensor:
     """Of the uniform distribution, float64: QR of a Gaussian matrix with positive diagonal (Mezzadri 2007)."""
     dice = torch.Generator().manual_seed(seed)
     q, r = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64, generator=dice))
-    return q * r.diagonal().sign()
+    found: Tensor = q * r.diagonal().sign()
+    return found
 
 
 def signs(n: int, seed: int) -> Tensor:

@@ -19,18 +19,18 @@ class Fold(Transform):
     """
 
     def refuses(self, topology: Topology) -> str | None:
-        if any(foldable(norm, topology) for norm in topology.norms):
+        if any(foldable(norm) for norm in topology.norms):
             return None
         return "no norm of this model is read by matrices alone"
 
     def rewrites(self, material: Material) -> Sequence[Rewrite]:
-        norms = [norm for norm in material.topology.norms if foldable(norm, material.topology)]
+        norms = [norm for norm in material.topology.norms if foldable(norm)]
         return [rewrite for norm in norms for rewrite in folded(norm, material.read)]
 
 
-def foldable(norm: Norm, topology: Topology) -> bool:
+def foldable(norm: Norm) -> bool:
     """Whether the weight of a norm can go into its readers."""
-    return norm.only and norm.bias is None and topology.embedding not in norm.readers
+    return norm.only and norm.bias is None
 
 
 def folded(norm: Norm, read: Read) -> list[Rewrite]:
