@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from poise.checkpoints import open_checkpoint
+from poise.core import slabs
 from poise.core.errors import PoiseError, UsageError
 from poise.core.registry import build, get
 from poise.training._codes import LearnedWeight
@@ -110,7 +111,8 @@ def test_tuning_mends_spoiled_scales_and_keeps_the_codes(pair, spec):
 
 
 @pytest.mark.parametrize("spec", [*SPECS, "q4_k"])
-def test_learned_codes_begin_as_they_are_and_pass_gradients(spec):
+def test_learned_codes_begin_as_they_are_and_pass_gradients(spec, monkeypatch):
+    monkeypatch.setattr(slabs, "WEIGHTS", 512)  # several threads
     dice = torch.Generator().manual_seed(2)
     original, probe = (torch.randn(8, 256, generator=dice) for _ in range(2))
     format = build("format", spec).resolve("float16")
