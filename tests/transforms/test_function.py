@@ -138,7 +138,10 @@ def test_rewrites_go_through_a_file_in_their_order():
         Rewrite(name=f"layers.{k} w", kind=kind, value=torch.randn(4, 4, dtype=torch.float64, generator=dice))
         for k, kind in enumerate(("left", "right", "set") * 5)
     ]
-    again = from_tensors(as_tensors(made))
+    made += [Rewrite(name="again", kind="rows", value=made[3].value)]
+    stored = as_tensors(made)
+    assert len(stored) == len(made)  # one value is there once, and a list of all
+    again = from_tensors(stored)
     assert [(item.name, item.kind) for item in again] == [(item.name, item.kind) for item in made]
     assert all(torch.equal(one.value, other.value) for one, other in zip(again, made, strict=True))
     with pytest.raises(ValueError, match="turn"):

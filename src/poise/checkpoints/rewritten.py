@@ -1,6 +1,7 @@
 """A checkpoint seen through rewritten weights."""
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,9 @@ from poise.checkpoints.linears import Skeleton, linears_of
 from poise.core.checkpoint import Checkpoint, TensorInfo
 from poise.core.linear import Linear
 from poise.core.transform import Rewrite
+
+ORDER = "order"
+"""Name of what lists rewrites in a file."""
 
 
 class Rewritten(Checkpoint):
@@ -122,11 +126,19 @@ def _untied(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def as_tensors(rewrites: Sequence[Rewrite]) -> dict[str, Tensor]:
-    """Rewrites as tensors under names that keep their order, for a file."""
-    return {f"{number:05d} {item.kind} {item.name}": item.value for number, item in enumerate(rewrites)}
+    """Rewrites as tensors for a file; a value that several of them share is there once."""
+    values: dict[int, Tensor] = {}
+    places = {}
+    for rewrite in rewrites:
+        key = id(rewrite.value)
+        places[key] = places.get(key, len(places))
+        values[places[key]] = rewrite.value
+    order = [(rewrite.name, rewrite.kind, places[id(rewrite.value)]) for rewrite in rewrites]
+    listed = torch.tensor(list(json.dumps(order).encode()), dtype=torch.uint8)
+    return {ORDER: listed} | {str(place): value for place, value in values.items()}
 
 
 def from_tensors(tensors: Mapping[str, Tensor]) -> list[Rewrite]:
     """Inverse of ``as_tensors``."""
-    parts = [(key.split(" ", 2), value) for key, value in sorted(tensors.items())]
-    return [Rewrite(name=name, kind=kind, value=value) for (_, kind, name), value in parts]
+    order = json.loads(bytes(tensors[ORDER].tolist()))
+    return [Rewrite(name=name, kind=kind, value=tensors[str(place)]) for name, kind, place in order]

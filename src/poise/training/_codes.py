@@ -97,7 +97,10 @@ def _values(parts: LinearLadders, fixed: Tensor, linear: dict[str, Tensor]) -> T
 
 def _settled(places: Tensor, values: Tensor, parts: LinearLadders) -> tuple[Tensor, Tensor, Tensor]:
     """Levels, their values in bfloat16, and the distances of levels around them in bfloat16."""
-    places, values = places.detach(), values.detach()  # threads of slabs do not know that no gradient is wanted
+    places, values = (
+        places.detach(),
+        values.detach(),
+    )  # threads of slabs do not know that no gradient is wanted
 
     def work(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
         place = places[rows]
