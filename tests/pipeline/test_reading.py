@@ -45,10 +45,11 @@ def test_hashes_tell_texts_apart(llama, tmp_path):
     assert len({item.hash for item in readings}) == 3
 
 
-def test_training_reads_as_much_as_it_uses(llama):
+def test_training_reads_as_much_as_it_uses_of_a_text_and_repeats_what_the_model_writes(llama, tmp_path):
     plan = plan_of("gptq", tokens=1024, tune="distill(steps=10, batch=512, held=0.2)")
-    found = reading_of(open_checkpoint(llama), plan, None)
-    assert found.tokens == 6400
+    (tmp_path / "a.txt").write_text("some text")
+    assert reading_of(open_checkpoint(llama), plan, tmp_path / "a.txt").tokens == 6400
+    assert reading_of(open_checkpoint(llama), plan, "self").tokens == 1024
 
 
 def test_own_text_is_written_once_and_kept_for_a_resumed_run(llama, tmp_path, monkeypatch):

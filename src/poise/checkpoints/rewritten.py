@@ -128,7 +128,7 @@ def _untied(config: Mapping[str, Any]) -> dict[str, Any]:
 def as_tensors(rewrites: Sequence[Rewrite]) -> dict[str, Tensor]:
     """Rewrites as tensors for a file; a value that several of them share is there once."""
     values: dict[int, Tensor] = {}
-    places = {}
+    places: dict[int, int] = {}
     for rewrite in rewrites:
         key = id(rewrite.value)
         places[key] = places.get(key, len(places))

@@ -28,6 +28,8 @@ REREAD = 2.4
 """Block passes of the quantized stream: as far as each input group, and once to the end."""
 TRAINED = 14
 """Bytes a weight of training: original in float32 and bfloat16, what parameters multiply, gradients."""
+LEARNED = 26
+"""Further bytes a weight where codes are trained: places, gradients, Adam's two means, levels and their distances."""
 PASSES = 9
 """Products with each weight in a step of training: twice forward, and backward, with what is computed beside."""
 
@@ -114,7 +116,8 @@ def _reading_cost(checkpoint: Checkpoint, plan: Plan) -> tuple[float, int, int]:
 
         steps = distill_of(plan.tune)
         seconds += 2 * steps.steps * steps.batch * PASSES / 2 * weights / rate
-        memory = max(memory, TRAINED * sum(info.numel for info in checkpoint.tensors().values()))
+        each = TRAINED + (LEARNED if steps.code_rate else 0)
+        memory = max(memory, each * sum(info.numel for info in checkpoint.tensors().values()))
     return seconds, memory, spilled
 
 

@@ -70,8 +70,8 @@ class Reading:
 
     @property
     def tokens(self) -> int:
-        """That are wanted in all."""
-        trained = distill_of(self.plan.tune).tokens if self.plan.tune else 0
+        """That are wanted in all. What the model has to write itself is trained on more than once."""
+        trained = distill_of(self.plan.tune).tokens if self.plan.tune and self.text is not None else 0
         return max(tokens_of(self.plan), trained)
 
     def calibration(self, workspace: Workspace, progress: Progress) -> Calibration | None:

@@ -1,8 +1,8 @@
 """Presets: one wish for all linears of the stack, by what it may cost.
 
-    fast       no data: half-quadratic ranges. Seconds.
+    fast       no data of yours: ranges searched with the inputs that the short built-in text gives. Seconds.
     balanced   error feedback under the Hessian of what the quantized prefix gives, then coordinate descent. Minutes.
-    best       the same, then scales and norms are tuned to the original's answers. Up to hours.
+    best       the same on more text, then codes, scales and norms are tuned to the original's answers. Up to hours.
 
 The embedding, the head and routers are left alone.
 """
@@ -31,17 +31,17 @@ class Preset:
 
 
 PRESETS = {
-    "fast": Preset(solver="rtn", tokens=0, tune=None, cost="seconds, no data"),
+    "fast": Preset(solver="search", tokens=0, tune=None, cost="seconds, no text of yours"),
     "balanced": Preset(
         solver="gptaq -> refine",
-        tokens=16384,
+        tokens=32768,
         tune=None,
         cost="minutes for a model of 100 million weights; memory of one block",
     ),
     "best": Preset(
         solver="gptaq -> refine",
-        tokens=32768,
-        tune="distill",
+        tokens=131072,
+        tune="distill(steps=300, code_rate=0.002)",
         cost="up to hours for a model of 100 million weights; memory of the whole model",
     ),
 }
