@@ -60,9 +60,9 @@ PEERS = {
 """Name of a row: driver and recipe."""
 RTN = """description: Rounded to nearest.
 rules:
-  - {{role: router, optional: true, options: []}}
-  - {{role: head, optional: true, options: []}}
-  - {{role: embedding, optional: true, options: []}}
+  - {{role: router, optional: true, keep: true}}
+  - {{role: head, optional: true, keep: true}}
+  - {{role: embedding, optional: true, keep: true}}
   - {{options: ["int(bits={bits}, group={group}, symmetric=False)"], solver: rtn}}
 """
 

@@ -1,6 +1,7 @@
 """The contract of an engine: something that runs a model."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -40,8 +41,8 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def generate(self, tokens: list[int], n: int) -> Generation:
-        """Continues the prompt by exactly ``n`` greedy tokens; an end token does not stop it."""
+    def generate(self, tokens: list[int], n: int, stop: Collection[int] = ()) -> Generation:
+        """Continues the prompt by ``n`` greedy tokens, or up to the first of ``stop``, which is the last one then."""
 
     @abstractmethod
     def close(self) -> None:

@@ -63,20 +63,30 @@ class Metric(ABC):
 
 
 class LogitMetric(Metric):
-    """Scores a window of text from the logits of both models on the same tokens."""
+    """Scores the positions of a text from what both models expect there.
+
+    Attributes:
+        per: what the score of a text is a mean over: ``token``, or ``byte`` of the text.
+    """
+
+    per: ClassVar[str] = "token"
 
     @abstractmethod
-    def sample(self, reference: Tensor, candidate: Tensor, tokens: Tensor) -> float:
-        """Score of one window.
+    def values(self, reference: Tensor, candidate: Tensor, tokens: Tensor) -> Tensor:
+        """One figure a position, [positions].
 
         Args:
-            reference, candidate: float32 logits [positions, vocabulary]; row i predicts ``tokens[i]``.
+            reference, candidate: float32 log-probabilities [positions, vocabulary]; row i predicts ``tokens[i]``.
             tokens: the token that really followed each position, [positions].
         """
 
-    def combine(self, samples: Tensor) -> Tensor:
-        """Scores of windows [..., n] to the score of the text, over the last axis."""
-        return samples.mean(-1)
+    def sample(self, reference: Tensor, candidate: Tensor, tokens: Tensor) -> float:
+        """Mean over the positions of one window."""
+        return float(self.values(reference, candidate, tokens).double().mean())
+
+    def combine(self, means: Tensor) -> Tensor:
+        """What the score is of the mean figure; element by element."""
+        return means
 
     def score(self, name: str, samples: list[float], windows: str, seed: int = 0) -> Score:
         """The text's score with a percentile bootstrap interval over windows.
@@ -92,12 +102,12 @@ class LogitMetric(Metric):
                 name=name, value=float("nan"), unit=self.unit, protocol=protocol, n=0, n_unscored=len(samples)
             )
         picks = torch.randint(n, (BOOTSTRAP, n), generator=torch.Generator().manual_seed(seed))
-        means = self.combine(scored[picks])
+        means = self.combine(scored[picks].mean(-1))
         low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
         known = n > 1
         return Score(
             name=name,
-            value=float(self.combine(scored)),
+            value=float(self.combine(scored.mean())),
             low=low if known else float("nan"),
             high=high if known else float("nan"),
             unit=self.unit,
@@ -105,6 +115,50 @@ class LogitMetric(Metric):
             n=n,
             n_unscored=len(samples) - n,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What a model wrote, or what a data set wants.
+
+    Attributes:
+        tokens: without the end token; empty for what no model wrote.
+        ended: whether the model came to an end by itself.
+        surprise: mean negative log-likelihood of the tokens under the original, nats; NaN where unknown.
+    """
+
+    text: str
+    tokens: tuple[int, ...] = ()
+    ended: bool = True
+    surprise: float = float("nan")
+
+
+class AnswerMetric(Metric):
+    """Scores generated text.
+
+    A score of many answers is a function of the means of a few columns: so corpus measures such as BLEU have intervals
+    and pairs like any other.
+
+    Attributes:
+        against: what an answer is held against: the data set's ``wanted`` answer, the ``original`` model's answer, or
+            ``nothing``.
+        ratio: whether models are compared by the quotient of their scores rather than by the difference.
+    """
+
+    against: ClassVar[str] = "nothing"
+    ratio: ClassVar[bool] = False
+
+    @abstractmethod
+    def columns(self, answer: Answer, other: Answer) -> list[float]:
+        """One row for one answer.
+
+        Args:
+            other: what it is held against; the answer itself if that is nothing.
+        """
+
+    def combine(self, means: Tensor) -> Tensor:
+        """Score of the mean columns [..., columns], over the last axis."""
+        return means[..., 0]
 
 
 class SystemMetric(Metric):

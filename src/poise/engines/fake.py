@@ -5,6 +5,7 @@ Every token scores 0, except that the one after the last token read, ``(last + 1
 any text has a perplexity of ``vocabulary`` without a bias.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -38,11 +39,14 @@ class Fake(Engine):
         following = (torch.tensor(tokens, dtype=torch.long) + 1) % self.vocabulary
         return self.bias * torch.nn.functional.one_hot(following, self.vocabulary).float()
 
-    def generate(self, tokens: list[int], n: int) -> Generation:
+    def generate(self, tokens: list[int], n: int, stop: Collection[int] = ()) -> Generation:
         made = list(tokens)
         for _ in range(n):
             made.append(int(self.logits(made[-1:])[0].argmax()))
-        return Generation(tokens=made[len(tokens) :], seconds=[STEP * (i + 1) for i in range(n)])
+            if made[-1] in stop:
+                break
+        new = made[len(tokens) :]
+        return Generation(tokens=new, seconds=[STEP * (i + 1) for i in range(len(new))])
 
     def close(self) -> None:
         """Nothing to free."""

@@ -30,7 +30,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from ctypes import POINTER, c_bool, c_char_p, c_float, c_int8, c_int32, c_uint32, c_uint64, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,7 +147,7 @@ class LlamaCpp(Engine):
             ctypes.memmove(rows.data_ptr(), source, 4 * rows.numel())
         return scores
 
-    def generate(self, tokens: list[int], n: int) -> Generation:
+    def generate(self, tokens: list[int], n: int, stop: Collection[int] = ()) -> Generation:
         begin = time.perf_counter()
         if not tokens:
             raise EngineError("llama.cpp has nothing to continue: the prompt is empty")
@@ -161,6 +161,8 @@ class LlamaCpp(Engine):
             scores = (c_float * self._vocabulary).from_address(self._decode(step))
             made.append(int(torch.frombuffer(scores, dtype=torch.float32).argmax()))
             seconds.append(time.perf_counter() - begin)
+            if made[-1] in stop:
+                break
             step = made[-1:]
         return Generation(tokens=made, seconds=seconds)
 

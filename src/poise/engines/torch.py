@@ -6,7 +6,7 @@ here that integer engines apply (symmetric, dynamic, scale = absmax / (2^(b-1) -
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, ClassVar
 
 import torch
@@ -68,7 +68,7 @@ class Torch(Engine):
         return scores.float()
 
     @torch.no_grad()
-    def generate(self, tokens: list[int], n: int) -> Generation:
+    def generate(self, tokens: list[int], n: int, stop: Collection[int] = ()) -> Generation:
         start = time.perf_counter()
         made: list[int] = []
         seconds: list[float] = []
@@ -81,6 +81,8 @@ class Torch(Engine):
             cache = output.past_key_values
             made.append(int(output.logits[0, -1].argmax()))
             seconds.append(time.perf_counter() - start)
+            if made[-1] in stop:
+                break
             ids = torch.tensor([made[-1:]])
         return Generation(tokens=made, seconds=seconds)
 

@@ -3,7 +3,6 @@
 from typing import ClassVar
 
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from poise.core.metric import LogitMetric
 
@@ -15,8 +14,8 @@ class Perplexity(LogitMetric):
     unit: ClassVar[str] = "perplexity"
     protocol: ClassVar[str] = "all tokens but the first of a window"
 
-    def sample(self, reference: Tensor, candidate: Tensor, tokens: Tensor) -> float:
-        return float(cross_entropy(candidate, tokens))
+    def values(self, reference: Tensor, candidate: Tensor, tokens: Tensor) -> Tensor:
+        return -candidate.gather(1, tokens.unsqueeze(1)).squeeze(1)
 
-    def combine(self, samples: Tensor) -> Tensor:
-        return samples.mean(-1).exp()
+    def combine(self, means: Tensor) -> Tensor:
+        return means.exp()

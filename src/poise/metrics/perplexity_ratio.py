@@ -3,7 +3,6 @@
 from typing import ClassVar
 
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from poise.core.metric import LogitMetric
 
@@ -14,8 +13,9 @@ class PerplexityRatio(LogitMetric):
     unit: ClassVar[str] = "ratio"
     protocol: ClassVar[str] = "paired, all tokens but the first of a window"
 
-    def sample(self, reference: Tensor, candidate: Tensor, tokens: Tensor) -> float:
-        return float(cross_entropy(candidate, tokens) - cross_entropy(reference, tokens))
+    def values(self, reference: Tensor, candidate: Tensor, tokens: Tensor) -> Tensor:
+        column = tokens.unsqueeze(1)
+        return (reference.gather(1, column) - candidate.gather(1, column)).squeeze(1)
 
-    def combine(self, samples: Tensor) -> Tensor:
-        return samples.mean(-1).exp()
+    def combine(self, means: Tensor) -> Tensor:
+        return means.exp()

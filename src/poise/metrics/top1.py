@@ -3,6 +3,7 @@
 import math
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from poise.core.metric import LogitMetric
@@ -15,7 +16,7 @@ class Top1(LogitMetric):
     protocol: ClassVar[str] = "same most likely token, full vocabulary"
     lower_is_better: ClassVar[bool] = False
 
-    def sample(self, reference: Tensor, candidate: Tensor, tokens: Tensor) -> float:
-        if bool(reference.isnan().any()) or bool(candidate.isnan().any()):
-            return math.nan  # argmax would choose the first NaN
-        return float((reference.argmax(-1) == candidate.argmax(-1)).double().mean())
+    def values(self, reference: Tensor, candidate: Tensor, tokens: Tensor) -> Tensor:
+        same = (reference.argmax(-1) == candidate.argmax(-1)).float()
+        broken = reference.sum(-1).isnan() | candidate.sum(-1).isnan()  # argmax would choose the first NaN
+        return torch.where(broken, math.nan, same)

@@ -156,7 +156,9 @@ def _fidelity_names() -> list[str]:
     return [
         name
         for name in names("metric")
-        if issubclass(get("metric", name), LogitMetric) and name != "perplexity"
+        if issubclass(metric := get("metric", name), LogitMetric)
+        and metric.per == "token"
+        and name != "perplexity"
     ]
 
 
@@ -259,7 +261,7 @@ def _fidelity(
     metrics = {name: _logit_metric(name) for name in (*_fidelity_names(), "perplexity")}
     with _started(engines[0], models[0]) as original, _started(engines[1], models[1]) as quantized:
         for number, window in enumerate(windows, 1):
-            p, q = original.logits(window)[:-1], quantized.logits(window)[:-1]
+            p, q = (torch.log_softmax(engine.logits(window)[:-1], -1) for engine in (original, quantized))
             _compare_vocabularies(p.shape[1], q.shape[1])
             following = torch.tensor(window[1:])
             for name, metric in metrics.items():
