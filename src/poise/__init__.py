@@ -1,14 +1,14 @@
 """Poise: quantizes large language models and proves what was lost.
 
-``poise.quantize``, ``poise.evaluate`` and ``poise.bench`` are what the command line calls.
+``poise.quantize``, ``poise.evaluate``, ``poise.compare`` and ``poise.bench`` are what the command line calls.
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from poise.pipeline import bench, dry_run, evaluate, quantize
+    from poise.pipeline import bench, compare, dry_run, evaluate, quantize
 
-__all__ = ["bench", "dry_run", "evaluate", "quantize"]
+__all__ = ["bench", "compare", "dry_run", "evaluate", "quantize"]
 
 
 def __getattr__(name: str) -> Any:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from poise.core.metric import LogitMetric, Metric, SystemMetric
+from poise.core.metric import AnswerMetric, LogitMetric, Metric, SystemMetric
 from poise.core.registry import get, names
 from poise.engines.fake import Fake
 from poise.metrics.kl import Kl
@@ -34,7 +34,7 @@ def measured(metric, *windows):
 def test_every_metric_says_what_it_measures_and_how(name):
     metric = get("metric", name)
     assert issubclass(metric, Metric)
-    assert issubclass(metric, LogitMetric) != issubclass(metric, SystemMetric)
+    assert sum(issubclass(metric, kind) for kind in (LogitMetric, AnswerMetric, SystemMetric)) == 1
     assert metric.unit
     assert metric.protocol
     assert isinstance(metric.lower_is_better, bool)

@@ -13,8 +13,8 @@ from poise.core.artifact import Artifact
 from poise.core.comparison import DEFAULT_GATES
 from poise.core.errors import CheckpointError, EngineError, MissingExtra, PoiseError, UsageError
 from poise.core.plan import Option, Recipe, Rule
-from poise.pipeline.evaluate import default_engine, probe
 from poise.pipeline.quantize import _is_quantized_linear
+from poise.pipeline.subjects import default_engine, probe
 
 FAST = {"efficiency": False, "window": 48, "windows": 3}
 
@@ -305,11 +305,11 @@ def test_a_probe_sees_memory_grow(llama):
 
 
 def test_models_in_dtypes_without_arithmetic_are_measured_in_float32(tmp_path):
-    from poise.pipeline.evaluate import _native
+    from poise.pipeline.subjects import native
 
     checkpoint = open_checkpoint(build_model(tmp_path / "m", "llama", "float64"))
-    assert _native("torch", checkpoint) == "torch(dtype='float32')"
-    assert _native("llamacpp", checkpoint) == "llamacpp"
+    assert native("torch", checkpoint) == "torch(dtype='float32')"
+    assert native("llamacpp", checkpoint) == "llamacpp"
 
 
 @pytest.mark.slow

@@ -112,7 +112,7 @@ def test_a_ratio_of_speeds_is_judged_on_its_logarithm():
     first = generator.lognormal(0, 0.3, 300)
     pair = np.column_stack([first, first * 1.1 * generator.lognormal(0, 0.05, 300)])
     estimate = Partition([str(i) for i in range(300)]).estimate(pair, log_mean_ratio)
-    question = Question(estimate=estimate, allowed=Range(at_most=1.05), link=np.log, back=np.exp, even=1.0)
+    question = Question(estimate=estimate, allowed=Range(at_most=1.05), link=np.log, back=np.exp)
     (finding,) = judge({"latency": question})
     assert finding.verdict == FAIL
     assert finding.low < 1.1 < finding.high or finding.value == pytest.approx(1.1, rel=0.02)

@@ -18,10 +18,12 @@ class Text:
     Attributes:
         name: for reports.
         content: the text itself.
+        documents: its parts, where the source has parts.
     """
 
     name: str
     content: str
+    documents: tuple[str, ...] = ()
 
     @property
     def hash(self) -> str:
@@ -63,7 +65,7 @@ def load_text(path: str | Path | None, purpose: str, tokenizer: Any = None) -> T
         content = (resources.files("poise.calibration") / f"{purpose}.txt").read_text(encoding="utf-8")
         return Text(name=f"the built-in {purpose} text", content=content)
     if is_hub(path):
-        return Text(name=str(path), content="\n\n".join(read_dataset(str(path), tokenizer)))
+        return _joined(str(path), read_dataset(str(path), tokenizer))
     try:
         content = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -74,5 +76,9 @@ def load_text(path: str | Path | None, purpose: str, tokenizer: Any = None) -> T
     if not content.strip():
         raise UsageError(f"{path}: is empty")
     if Path(path).suffix == ".jsonl":
-        content = "\n\n".join(read_documents(Path(path), content, tokenizer))
+        return _joined(Path(path).name, read_documents(Path(path), content, tokenizer))
     return Text(name=Path(path).name, content=content)
+
+
+def _joined(name: str, documents: list[str]) -> Text:
+    return Text(name=name, content="\n\n".join(documents), documents=tuple(documents))

@@ -7,7 +7,7 @@ from typing import NoReturn
 
 import typer
 
-from poise.cli import bench, calibrate, doctor, evaluate, formats, inspect, probe, quantize
+from poise.cli import bench, calibrate, compare, doctor, evaluate, formats, inspect, probe, quantize, report
 from poise.core.errors import PoiseError
 
 app = typer.Typer(
@@ -19,6 +19,8 @@ app = typer.Typer(
 )
 app.command("quantize")(quantize.run)
 app.command("evaluate")(evaluate.run)
+app.command("compare")(compare.run)
+app.command("report")(report.run)
 app.add_typer(calibrate.app, name="calibrate")
 app.command("inspect")(inspect.run)
 app.command("formats")(formats.run)

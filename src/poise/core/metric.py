@@ -25,6 +25,7 @@ class Score:
         low, high: ends of the 95 % interval; NaN where none is known.
         n: samples behind it; ``n_unscored`` more gave no number.
         protocol: how it was measured, so that only like is compared with like.
+        rounds: single measurements, where several models took turns.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Score:
     high: float = float("nan")
     n: int = 1
     n_unscored: int = 0
+    rounds: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +138,7 @@ class Answer:
 class AnswerMetric(Metric):
     """Scores generated text.
 
-    A score of many answers is a function of the means of a few columns: so corpus measures such as BLEU have intervals
+    A score of many answers is a function of the sums of a few columns: so corpus measures such as BLEU have intervals
     and pairs like any other.
 
     Attributes:
@@ -156,9 +158,9 @@ class AnswerMetric(Metric):
             other: what it is held against; the answer itself if that is nothing.
         """
 
-    def combine(self, means: Tensor) -> Tensor:
-        """Score of the mean columns [..., columns], over the last axis."""
-        return means[..., 0]
+    def combine(self, sums: Tensor, n: Tensor) -> Tensor:
+        """Score [...] of sums of columns [..., columns] over ``n`` answers [...]."""
+        return sums[..., 0] / n
 
 
 class SystemMetric(Metric):

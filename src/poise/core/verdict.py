@@ -119,7 +119,7 @@ class Row:
     def reason(self) -> str:
         """Of the findings that made the verdict."""
         if self.verdict == PASS:
-            passed = [finding.name for finding in self.findings if finding.verdict == PASS]
+            passed = [finding.name.replace("_", " ") for finding in self.findings if finding.verdict == PASS]
             return f"{', '.join(passed)} within range"
         reasons = [finding.reason for finding in self.findings if finding.verdict == self.verdict]
         return "; ".join(reasons) or "nothing was measured"

@@ -30,11 +30,11 @@ class Bleu(AnswerMetric):
         found = self._bleu.sentence_score(answer.text, [other.text])
         return [*found.counts, *found.totals, found.sys_len, found.ref_len]
 
-    def combine(self, means: Tensor) -> Tensor:
+    def combine(self, sums: Tensor, n: Tensor) -> Tensor:
         from sacrebleu.metrics.bleu import BLEU
 
-        rows = means.reshape(-1, 10).tolist()
+        rows = sums.reshape(-1, 10).round().long().tolist()
         scores = [
             BLEU.compute_bleu(row[:4], row[4:8], row[8], row[9], smooth_method="exp").score for row in rows
         ]
-        return torch.tensor(scores, dtype=torch.float64).reshape(means.shape[:-1])
+        return torch.tensor(scores, dtype=torch.float64).reshape(sums.shape[:-1])

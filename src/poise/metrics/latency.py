@@ -45,6 +45,7 @@ class Latency(SystemMetric):
             unit=unit,
             protocol=f"{self.protocol}, engine {subject.engine}",
             n=len(values),
+            rounds=tuple(values),
         )
 
 

@@ -1,30 +1,34 @@
 """(candidate, reference) -> logits on the same windows -> scores -> gates."""
 
-import importlib.util
 import math
-import os
 import shlex
-import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from poise.calibration.overlap import ALLOWED, overlap
 from poise.calibration.text import load_text
 from poise.checkpoints import open_checkpoint
-from poise.core.artifact import CARD, SHINGLES, Artifact, find_artifact
+from poise.core.artifact import Artifact
 from poise.core.checkpoint import Checkpoint
 from poise.core.comparison import AT_MOST, DEFAULT_GATES, QUALITY, Comparison, Gate, Side
-from poise.core.engine import Engine
-from poise.core.errors import CheckpointError, EngineError, PoiseError, UsageError
-from poise.core.metric import LogitMetric, Score, Subject, SystemMetric
-from poise.core.registry import build, get, names
-from poise.core.run import peak_memory, resident_memory, versions
-from poise.engines.torch import DTYPES
+from poise.core.errors import UsageError
+from poise.core.metric import LogitMetric
+from poise.core.registry import get, names
+from poise.core.run import versions
 from poise.pipeline.progress import Progress, silent
+from poise.pipeline.subjects import (
+    check_vocabularies,
+    compare_vocabularies,
+    default_engine,
+    label,
+    measure,
+    model_path,
+    refuse_known,
+    started,
+    system_names,
+    whole_artifact,
+)
 from poise.reports.card import model_card
 from poise.reports.figures import ratio
 from poise.reports.report import write_report
@@ -56,15 +60,11 @@ def evaluate(
     Raises:
         PoiseError: a model, text or engine cannot be used; nothing is written.
     """
-    artifact = find_artifact(candidate)
-    if artifact and (damaged := [name for name in artifact.damaged() if name != CARD]):
-        raise CheckpointError(
-            f"{candidate}: {', '.join(damaged)} differ from the manifest; quantize it again"
-        )
+    artifact = whole_artifact(candidate)
     if out is not None and Path(out).exists() and not Path(out).is_dir():
         raise UsageError(f"{out} is a file; name a folder for the report")
-    models = [open_checkpoint(_model(reference)), open_checkpoint(_model(candidate))]
-    _check_vocabularies(models)
+    models = [open_checkpoint(model_path(reference)), open_checkpoint(model_path(candidate))]
+    check_vocabularies(models)
     engines = [reference_engine or default_engine(models[0]), engine or default_engine(models[1])]
     source = load_text(text, "evaluation")
     if artifact and artifact.manifest.calibration == source.hash:
@@ -72,7 +72,7 @@ def evaluate(
     window = min([window, *(model.context for model in models if model.context)])
     cut = source.windows(models[0].tokenizer(), window, windows)
     if artifact:
-        _refuse_known(artifact, source.name, [models[0].tokenizer().decode(item) for item in cut])
+        refuse_known(artifact, source.name, [models[0].tokenizer().decode(item) for item in cut])
     samples = _fidelity(models, engines, cut, progress)
     protocol = f"windows of {window} tokens, not overlapping, computed in float32 where the engine is torch"
     sides = _sides(models, engines, [reference, candidate], samples, protocol, efficiency, progress)
@@ -105,48 +105,6 @@ def evaluate(
     return comparison
 
 
-def bench(
-    sources: Sequence[str | Path], engines: Sequence[str] = (), progress: Progress = silent
-) -> list[Side]:
-    """Size, memory and latency of models side by side, taking turns.
-
-    Args:
-        engines: one engine spec a model, or none for the defaults.
-    """
-    if engines and len(engines) != len(sources):
-        raise UsageError(f"{len(sources)} models but {len(engines)} engines: give one for each, or none")
-    models = [open_checkpoint(_model(source)) for source in sources]
-    chosen = list(engines) or [default_engine(model) for model in models]
-    return _measure(models, chosen, sources, _system_names(), progress)
-
-
-def probe(source: str | Path, engine: str) -> dict[str, int]:
-    """Resident bytes before loading a model and at the peak of loading it and reading 64 tokens.
-
-    Meant for a fresh process: the peak is of the whole life of this one.
-    """
-    checkpoint = open_checkpoint(source)
-    runner = build("engine", _native(engine, checkpoint))
-    checkpoint.linears()  # imports the code of the architecture, 125 MB that are not the model
-    before = resident_memory()
-    with runner:
-        runner.load(checkpoint)
-        runner.logits(list(range(1, 65)))
-        return {"before": before, "peak": peak_memory()}
-
-
-def default_engine(checkpoint: Checkpoint) -> str:
-    """llama.cpp for what it reads, if it is installed; else torch."""
-    if checkpoint.kind == "gguf" and importlib.util.find_spec("xllamacpp"):
-        return "llamacpp"
-    return "torch"
-
-
-def _model(source: str | Path) -> str | Path:
-    artifact = find_artifact(source)
-    return artifact.model if artifact else source
-
-
 def _key(name: str) -> str:
     return name.replace("-", "_")
 
@@ -162,30 +120,9 @@ def _fidelity_names() -> list[str]:
     ]
 
 
-def _system_names() -> list[str]:
-    return [name for name in names("metric") if issubclass(get("metric", name), SystemMetric)]
-
-
 def _logit_metric(name: str) -> LogitMetric:
     metric: LogitMetric = get("metric", name)()
     return metric
-
-
-def _check_vocabularies(models: list[Checkpoint]) -> None:
-    """Before anything is loaded: a token that a model lacks would end in the middle of its runtime."""
-    rows = [
-        next((linear.rows for linear in model.linears() if linear.role == "embedding"), 0) for model in models
-    ]
-    if all(rows):
-        _compare_vocabularies(*rows)
-
-
-def _compare_vocabularies(reference: int, candidate: int) -> None:
-    if reference != candidate:
-        raise PoiseError(
-            f"vocabularies of {reference} and {candidate} tokens cannot be compared: "
-            "candidate and reference must share a tokenizer"
-        )
 
 
 def _command(
@@ -198,57 +135,13 @@ def _command(
     engines: tuple[str | None, str | None],
 ) -> str:
     """The command line that gives the same quality figures again."""
-    parts = ["poise", "evaluate", _label(candidate), "--reference", _label(reference)]
+    parts = ["poise", "evaluate", label(candidate), "--reference", label(reference)]
     parts += ["--text", Path(text).name] if text else []
     parts += ["--window", str(window)] if window != 256 else []
     parts += ["--windows", str(windows)] if windows else []
     for option, engine in zip(("--engine", "--reference-engine"), engines, strict=True):
         parts += [option, engine] if engine else []
     return shlex.join(parts)
-
-
-def _label(source: str | Path) -> str:
-    """What a model is called in reports: no path of this machine."""
-    path = Path(source)
-    if not path.exists():
-        return str(source)
-    if path.name in ("", ".."):
-        path = path.resolve()
-    return (
-        path.name
-        if path.name not in ("gguf", "compressed-tensors")
-        else f"{path.absolute().parent.name}/{path.name}"
-    )
-
-
-def _started(engine: str, checkpoint: Checkpoint) -> Engine:
-    runner: Engine = build("engine", engine)
-    if checkpoint.kind not in runner.reads:
-        raise EngineError(
-            f"{checkpoint.source}: the engine {engine} reads {' and '.join(runner.reads)}, this is {checkpoint.kind}"
-        )
-    runner.load(checkpoint)
-    return runner
-
-
-def _native(engine: str, checkpoint: Checkpoint) -> str:
-    """Efficiency is measured in the dtype that the model is stored in, fidelity in float32."""
-    native = str(checkpoint.dtype).removeprefix("torch.")
-    if native not in DTYPES:
-        native = "float32"
-    return f"torch(dtype={native!r})" if engine == "torch" else engine
-
-
-def _refuse_known(artifact: Artifact, name: str, texts: list[str]) -> None:
-    """Refuses a text that shares passages with what the model was calibrated on."""
-    file = artifact.path / SHINGLES
-    if not file.exists():
-        return
-    share = overlap(texts, np.fromfile(file, dtype="<i8"))
-    if share > ALLOWED:
-        raise UsageError(
-            f"{name} shares {share:.0%} of its passages with what the model was calibrated on; evaluate on another text"
-        )
 
 
 def _fidelity(
@@ -259,10 +152,10 @@ def _fidelity(
         name: [] for name in (*_fidelity_names(), "perplexity", "reference-perplexity")
     }
     metrics = {name: _logit_metric(name) for name in (*_fidelity_names(), "perplexity")}
-    with _started(engines[0], models[0]) as original, _started(engines[1], models[1]) as quantized:
+    with started(engines[0], models[0]) as original, started(engines[1], models[1]) as quantized:
         for number, window in enumerate(windows, 1):
             p, q = (torch.log_softmax(engine.logits(window)[:-1], -1) for engine in (original, quantized))
-            _compare_vocabularies(p.shape[1], q.shape[1])
+            compare_vocabularies(p.shape[1], q.shape[1])
             following = torch.tensor(window[1:])
             for name, metric in metrics.items():
                 samples[name].append(metric.sample(p, q, following))
@@ -284,7 +177,7 @@ def _sides(
     own = [
         metric.score("perplexity", samples[key], protocol) for key in ("reference-perplexity", "perplexity")
     ]
-    measured = _measure(models, engines, sources, _system_names() if efficiency else ["size"], progress)
+    measured = measure(models, engines, sources, system_names() if efficiency else ["size"], progress)
     return [
         Side(
             label=side.label,
@@ -294,41 +187,6 @@ def _sides(
             scores=(score, *side.scores),
         )
         for side, score in zip(measured, own, strict=True)
-    ]
-
-
-def _measure(
-    models: list[Checkpoint],
-    engines: list[str],
-    sources: Sequence[str | Path],
-    metrics: Sequence[str],
-    progress: Progress,
-) -> list[Side]:
-    natives = [_native(engine, model) for engine, model in zip(engines, models, strict=True)]
-    subjects = [
-        Subject(
-            label=_label(source),
-            checkpoint=model,
-            engine=engine,
-            start=partial(_started, engine, model),
-            probe=[sys.executable, "-m", "poise", "probe", os.fspath(model.path), "--engine", engine],
-        )
-        for source, model, engine in zip(sources, models, natives, strict=True)
-    ]
-    scores: list[list[Score]] = [[] for _ in subjects]
-    for number, name in enumerate(metrics, 1):
-        for known, new in zip(scores, get("metric", name)().measure(subjects), strict=True):
-            known.extend(new)
-        progress(f"measure {name}", number, len(metrics))
-    return [
-        Side(
-            label=subject.label,
-            source=subject.checkpoint.source,
-            engine=engine,
-            fingerprint=subject.checkpoint.fingerprint(),
-            scores=tuple(found),
-        )
-        for subject, engine, found in zip(subjects, engines, scores, strict=True)
     ]
 
 

@@ -1,5 +1,7 @@
 """Tables for a terminal."""
 
+from pathlib import Path
+
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
@@ -9,7 +11,8 @@ from poise.core.checkpoint import Checkpoint
 from poise.core.comparison import Comparison, Side
 from poise.core.format import FormatFacts
 from poise.core.plan import Plan, PlanRow
-from poise.reports.figures import human, interval, ratio
+from poise.core.verdict import Verdict
+from poise.reports.figures import human, interval, ratio, span
 from poise.reports.report import figure_rows
 
 VERDICTS = {
@@ -121,6 +124,35 @@ def print_sides(console: Console, sides: list[Side]) -> None:
             cells.append(human(value, score.unit) + times)
         table.add_row(score.name.replace("_", " "), *cells)
     console.print(table)
+
+
+WORDS = {
+    "pass": "[green]PASS[/]",
+    "fail": "[red]FAIL[/]",
+    "inconclusive": "[yellow]INCONCLUSIVE[/]",
+    "not measured": "[dim]not measured[/]",
+}
+
+
+def print_verdict(console: Console, verdict: Verdict, folder: Path) -> None:
+    """A verdict a candidate with its reason, and what it rests on."""
+    table = Table(
+        "candidate", "verdict", "size", "KL", "why", title=escape(f"against {verdict.original.label}")
+    )
+    for row in verdict.rows:
+        why = "; ".join((row.reason, *row.notes))
+        figures = human(row.value("size"), "bytes"), human(row.value("kl"))
+        table.add_row(escape(row.side.label), WORDS[row.verdict], *figures, escape(why))
+    console.print(table)
+    for row in verdict.rows:
+        found = Table(
+            "figure", "value", "90 % interval", "asked", "", "would fail from", title=escape(row.side.label)
+        )
+        for item in row.findings:
+            limits = str(item.allowed), WORDS[item.verdict], human(item.detectable)
+            found.add_row(item.name.replace("_", " "), human(item.value), span(item), *limits)
+        console.print(found)
+    console.print(escape(f"The report is {folder / 'report.html'}"), highlight=False)
 
 
 def _column(side: Side) -> str:

@@ -31,20 +31,20 @@ def to_json(comparison: Comparison) -> str:
     data = {"schema_version": SCHEMA_VERSION, "passed": comparison.passed, **asdict(comparison)}
     for gate, record in zip(comparison.gates, data["gates"], strict=True):
         record["verdict"] = gate.verdict
-    return json.dumps(_no_nan(data), indent=1) + "\n"
+    return json.dumps(no_nan(data), indent=1) + "\n"
 
 
 def formats_json(rows: list[FormatFacts]) -> str:
     """Facts of number formats; an error that is zero, or was not measured, has no ratio."""
     return json.dumps(
-        _no_nan({"schema_version": SCHEMA_VERSION, "formats": [asdict(row) for row in rows]}), indent=1
+        no_nan({"schema_version": SCHEMA_VERSION, "formats": [asdict(row) for row in rows]}), indent=1
     )
 
 
 def sides_json(sides: list[Side]) -> str:
     """Measurements of several models side by side."""
     return json.dumps(
-        _no_nan({"schema_version": SCHEMA_VERSION, "models": [asdict(side) for side in sides]}), indent=1
+        no_nan({"schema_version": SCHEMA_VERSION, "models": [asdict(side) for side in sides]}), indent=1
     )
 
 
@@ -62,11 +62,12 @@ def _find(side: Side, name: str) -> str:
     return human(score.value, score.unit) if score else "not measured"
 
 
-def _no_nan(value: Any) -> Any:
+def no_nan(value: Any) -> Any:
+    """The value as JSON has it: what is no number is null."""
     if isinstance(value, dict):
-        return {key: _no_nan(item) for key, item in value.items()}
+        return {key: no_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_no_nan(item) for item in value]
+        return [no_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

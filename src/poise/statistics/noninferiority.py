@@ -25,7 +25,6 @@ class Question:
     Attributes:
         estimate: on the scale of ``link``.
         link, back: from the figure to the scale and back; increasing.
-        even: the figure of a candidate that is as good as the original; what can be detected is counted from there.
         unit: what more samples are called.
     """
 
@@ -33,7 +32,6 @@ class Question:
     allowed: Range
     link: Callable[[float], float] = float
     back: Callable[[float], float] = float
-    even: float = 0.0
     unit: str = "samples"
 
 
@@ -93,7 +91,8 @@ def _finding(name: str, question: Question, failed: bool) -> Finding:
     inside = least <= low and high <= most
     verdict = PASS if inside else FAIL if failed else INCONCLUSIVE
     more = further(question) if verdict == INCONCLUSIVE else None
-    value = f"{name} {back(estimate.value):.4g}, 90 % interval {back(low):.4g} to {back(high):.4g}, asked {question.allowed}"
+    words = name.replace("_", " ")
+    value = f"{words} {back(estimate.value):.4g}, 90 % interval {back(low):.4g} to {back(high):.4g}, asked {question.allowed}"
     advice = ""
     if verdict == INCONCLUSIVE:
         advice = (
@@ -117,6 +116,7 @@ def _finding(name: str, question: Question, failed: bool) -> Finding:
 
 
 def _unknown(name: str, estimate: Estimate) -> str:
+    name = name.replace("_", " ")
     if estimate.missing:
         return f"{name}: {estimate.missing} of {estimate.n + estimate.missing} samples gave no number"
     if estimate.n == 0:
