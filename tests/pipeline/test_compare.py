@@ -9,13 +9,13 @@ import torch
 
 import poise
 from conftest import build_model
+from poise.calibration.text import Text, load_text
 from poise.checkpoints import open_checkpoint
 from poise.core.errors import EngineError, UsageError
 from poise.core.verdict import FAIL, INCONCLUSIVE, PASS, Range
 from poise.engines.torch import Torch
-from poise.planning.presets import preset_recipe
 from poise.pipeline.samples import PROTOCOLS, read_prompts, read_windows
-from poise.calibration.text import Text, load_text
+from poise.planning.presets import preset_recipe
 
 ONLY = {"perplexity_ratio": Range(at_most=1.02)}
 
@@ -25,7 +25,8 @@ def questions(tmp_path_factory):
     path = tmp_path_factory.mktemp("questions") / "questions.jsonl"
     lines = [{"question": f"what sat on mat {n}?", "answer": "the cat sat on the mat"} for n in range(3)]
     lines += [
-        {"question": f"the cat sat on the {n}", "choices": ["mat", "cat", "other"], "answer": n % 3} for n in range(4)
+        {"question": f"the cat sat on the {n}", "choices": ["mat", "cat", "other"], "answer": n % 3}
+        for n in range(4)
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
@@ -101,7 +102,9 @@ def test_divergence_is_that_of_both_models_on_the_same_tokens(llama, ruined):
     assert found.value("kl_noise_floor") == 0
 
 
-def test_an_interrupted_comparison_goes_on_and_ends_in_the_same_bytes(llama, ruined, questions, tmp_path, monkeypatch):
+def test_an_interrupted_comparison_goes_on_and_ends_in_the_same_bytes(
+    llama, ruined, questions, tmp_path, monkeypatch
+):
     wish = {"prompts": [questions], "windows": 4, "answer_tokens": 6}
     poise.compare(llama, [ruined], out=tmp_path / "whole", **wish)
     whole, calls = Torch.logits, []
@@ -148,7 +151,9 @@ def test_other_tokenizers_leave_bits_per_byte_alone(llama, tmp_path):
 def test_a_text_that_the_candidate_was_calibrated_on_is_refused_unless_forced(llama, tmp_path):
     text = tmp_path / "known.txt"
     text.write_text(" ".join(f"the cat number {n} sat on the mat and slept" for n in range(300)))
-    poise.quantize(llama, preset_recipe("balanced", 4, 32), tmp_path / "cal", to="compressed-tensors", calibration=text)
+    poise.quantize(
+        llama, preset_recipe("balanced", 4, 32), tmp_path / "cal", to="compressed-tensors", calibration=text
+    )
     with pytest.raises(UsageError, match="calibrated on"):
         poise.compare(llama, [tmp_path / "cal"], texts=[text], windows=2)
     verdict = poise.compare(llama, [tmp_path / "cal"], texts=[text], windows=2, force=True)
@@ -206,7 +211,11 @@ def test_a_broken_line_is_named(llama, tmp_path, line, message):
 
 def test_choices_are_told_by_number_letter_or_text(llama, tmp_path):
     path = tmp_path / "q.jsonl"
-    path.write_text("".join(json.dumps({"question": "a", "choices": ["b", "c"], "answer": x}) + "\n" for x in (1, "B", "c")))
+    path.write_text(
+        "".join(
+            json.dumps({"question": "a", "choices": ["b", "c"], "answer": x}) + "\n" for x in (1, "B", "c")
+        )
+    )
     assert [prompt.right for prompt in read_prompts(path, open_checkpoint(llama).tokenizer())] == [1, 1, 1]
 
 
@@ -218,8 +227,12 @@ def test_protocols_cut_as_their_tools_do(llama):
     opening = tokenizer("")["input_ids"][:1]
     long = [*opening, *ids]
     cut = read_windows([text], tokenizer, PROTOCOLS["llamacpp"], None)
-    assert [list(w.tokens[1:]) for w in cut] == [long[at + 1 : at + 512] for at in range(0, len(long) - 511, 512)]
-    assert {w.tokens[0] for w in cut} == ({opening[0]} if opening else {long[at] for at in range(0, len(long) - 511, 512)})
+    assert [list(w.tokens[1:]) for w in cut] == [
+        long[at + 1 : at + 512] for at in range(0, len(long) - 511, 512)
+    ]
+    assert {w.tokens[0] for w in cut} == (
+        {opening[0]} if opening else {long[at] for at in range(0, len(long) - 511, 512)}
+    )
     assert {w.first for w in cut} == {256}
     assert cut[0].text == tokenizer.decode(long[257:512])
     cut = read_windows([text], tokenizer, PROTOCOLS["gptq-2048"], 2)

@@ -7,7 +7,19 @@ from typing import NoReturn
 
 import typer
 
-from poise.cli import bench, calibrate, compare, doctor, evaluate, formats, inspect, probe, quantize, report
+from poise.cli import (
+    bench,
+    calibrate,
+    compare,
+    doctor,
+    evaluate,
+    formats,
+    inspect,
+    probe,
+    quantize,
+    report,
+    vote,
+)
 from poise.core.errors import PoiseError
 
 app = typer.Typer(
@@ -21,6 +33,7 @@ app.command("quantize")(quantize.run)
 app.command("evaluate")(evaluate.run)
 app.command("compare")(compare.run)
 app.command("report")(report.run)
+app.command("vote")(vote.run)
 app.add_typer(calibrate.app, name="calibrate")
 app.command("inspect")(inspect.run)
 app.command("formats")(formats.run)

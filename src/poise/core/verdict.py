@@ -87,6 +87,17 @@ class Answered:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Strength:
+    """What votes say: chance of winning against the original with its 95 % interval, and votes that the model was in."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+    votes: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Row:
     """A candidate.
 
@@ -149,4 +160,4 @@ class Verdict:
     def verdict(self) -> str:
         """The worst of the candidates."""
         found = {row.verdict for row in self.rows}
-        return next(word for word in (FAIL, INCONCLUSIVE, PASS) if word in found)
+        return next((word for word in (FAIL, INCONCLUSIVE, PASS) if word in found), INCONCLUSIVE)

@@ -78,7 +78,7 @@ class Chosen:
                 "sample": prompt.key,
                 "document": prompt.document,
                 "original": a,
-                "candidate": b,
+                "answer": b,
             }
 
 
@@ -98,8 +98,9 @@ class Written:
                 "kind": "answer",
                 "sample": prompt.key,
                 "document": prompt.document,
+                "prompt": prompt.asked,
                 "original": a.text,
-                "candidate": b.text,
+                "answer": b.text,
             }
 
     def columns(self, metric: AnswerMetric, of: str) -> Array:

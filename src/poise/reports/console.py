@@ -11,7 +11,7 @@ from poise.core.checkpoint import Checkpoint
 from poise.core.comparison import Comparison, Side
 from poise.core.format import FormatFacts
 from poise.core.plan import Plan, PlanRow
-from poise.core.verdict import Verdict
+from poise.core.verdict import Strength, Verdict
 from poise.reports.figures import human, interval, ratio, span
 from poise.reports.report import figure_rows
 
@@ -153,6 +153,16 @@ def print_verdict(console: Console, verdict: Verdict, folder: Path) -> None:
             found.add_row(item.name.replace("_", " "), human(item.value), span(item), *limits)
         console.print(found)
     console.print(escape(f"The report is {folder / 'report.html'}"), highlight=False)
+
+
+def print_strengths(console: Console, rows: list[Strength]) -> None:
+    """What people voted."""
+    table = Table("model", "chance of winning against the original", "95 % interval", "votes")
+    for row in rows:
+        table.add_row(
+            escape(row.name), f"{row.value:.2f}", f"{row.low:.2f} to {row.high:.2f}", str(row.votes)
+        )
+    console.print(table if rows else "no votes yet")
 
 
 def _column(side: Side) -> str:
