@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -13,15 +14,20 @@ import numpy as np
 
 from poise.calibration.text import Text
 from poise.checkpoints import open_checkpoint
+from poise.checkpoints.rounded import Rounded
 from poise.core.artifact import Artifact, write_atomically
 from poise.core.checkpoint import Checkpoint
 from poise.core.comparison import Side
 from poise.core.errors import CheckpointError, UsageError
+from poise.core.judge import Judge
 from poise.core.metric import Answer, Score
 from poise.core.run import versions
 from poise.core.verdict import Answered, Part, Range, Row, Verdict
+from poise.judges.endpoint import Endpoint
+from poise.judges.local import Local
 from poise.pipeline.answering import choose, end_tokens, surprised, write
 from poise.pipeline.cache import Cache
+from poise.pipeline.judging import DAMAGED, Judged, controls, judge_answers, judged_question, judged_scores
 from poise.pipeline.progress import Progress, silent
 from poise.pipeline.samples import (
     PROTOCOLS,
@@ -63,9 +69,10 @@ DEFAULT_RANGES: dict[str, Range] = {
     "rouge_l_change": Range(at_least=-2),
     "length_ratio": Range(at_least=0.9, at_most=1.1),
     "latency_ratio": Range(at_most=1.05),
+    "judged_win_rate": Range(at_least=0.45),
 }
 """What a candidate may lose: a point of accuracy, two points of BLEU and ROUGE, two per cent of perplexity, five of speed in the
-same engine, ten of the length of answers either way."""
+same engine, ten of the length of answers either way, five points of a judge's preference."""
 FLOOR_WINDOWS = 2
 SHOWN = 8
 """Answers that a report shows."""
@@ -83,6 +90,8 @@ def compare(
     ranges: Mapping[str, Range] | None = None,
     engines: Sequence[str] = (),
     original_engine: str | None = None,
+    judge: str | None = None,
+    judge_model: str = "",
     efficiency: bool = False,
     force: bool = False,
     seed: int = 0,
@@ -99,6 +108,7 @@ def compare(
         answer_tokens: longest answer.
         ranges: by figure, added to ``DEFAULT_RANGES`` or instead of them; any figure of a report can have one.
         engines: one spec a candidate, or none for the defaults.
+        judge: a model for a judge, or the address of an endpoint (``http://.../v1``) that has ``judge_model``.
         efficiency: whether to measure memory and latency, all models taking turns.
         force: read texts although a candidate was calibrated on them.
         seed: of the draws behind intervals.
@@ -125,6 +135,7 @@ def compare(
     reading = job.read(load_texts(texts, job.tokenizer), PROTOCOLS[protocol], windows, force)
     asked = [prompt for path in prompts for prompt in read_prompts(Path(path), job.tokenizer)]
     sides = job.sides(efficiency)
+    job.judge = _judge(judge, judge_model)
     allowed = {**DEFAULT_RANGES, **(ranges or {})}
     rows = [job.row(number, reading, asked, answer_tokens, sides, allowed) for number in range(1, len(sides))]
     command = _command(original, candidates, texts, prompts, protocol, windows, answer_tokens, seed)
@@ -168,6 +179,8 @@ class _Job:
         self.folder, self.seed, self.progress = folder, seed, progress
         self.lazy = [Lazy(partial(started, e, m)) for e, m in zip(self.engines, self.models, strict=True)]
         self._original_scores: tuple[Score, ...] = ()
+        self.judge: Judge | None = None
+        self._controls: tuple[Judged, Judged] | None = None
 
     def read(self, texts: list[Text], protocol: Protocol, limit: int | None, force: bool) -> list[Window]:
         """Windows of all texts, none of which a candidate knows."""
@@ -247,6 +260,10 @@ class _Job:
         asked = questions(reading, chosen, written, allowed)
         if latency := _latency(sides[0], sides[number], allowed["latency_ratio"]):
             asked["latency_ratio"] = latency
+        judged, question, problem = self._judged(written, allowed["judged_win_rate"])
+        if question:
+            asked["judged_win_rate"] = question
+        notes += [problem] if problem else []
         if not asked:
             notes.append("no figure that was measured has a range")
         own = own_scores(reading, chosen, written, "candidate")
@@ -255,7 +272,7 @@ class _Job:
         side = Side(**{**sides[number].__dict__, "scores": (*own, *sides[number].scores)})
         row = Row(
             side=side,
-            scores=fidelity_scores(reading, chosen, written, noise),
+            scores=(*fidelity_scores(reading, chosen, written, noise), *judged),
             findings=judge(asked),
             parts={**parts(reading), **_layers(self.sources[number])},
             answers=tuple(_shown(written)),
@@ -308,12 +325,51 @@ class _Job:
         partition = Partition([prompt.document for prompt in prompts], self.seed)
         return Written(prompts=prompts, original=both[0], candidate=both[1], partition=partition)
 
+    def _judged(self, written: Written, allowed: Range) -> tuple[list[Score], Question | None, str]:
+        """Scores and the question of a judge that passed its controls, or why there are none."""
+        judge = self.judge
+        if judge is None or not written.prompts:
+            return [], None, ""
+        cache, partition = self.cache(judge.name, "judge"), written.partition
+        compared = partial(judge_answers, judge, written.prompts, cache=cache, progress=self.progress)
+        if self._controls is None:
+            itself = compared(written.original, written.original)
+            self._controls = itself, compared(written.original, self._damaged(written))
+        if against := controls(*self._controls, partition):
+            return [], None, f"no judged verdict: {judge.name} fails its controls: {'; '.join(against)}"
+        found = compared(written.original, written.candidate)
+        scores = judged_scores(judge, found, *self._controls, partition)
+        return scores, judged_question(found, partition, allowed), ""
+
+    def _damaged(self, written: Written) -> list[Answer]:
+        """What the original would answer at 2 bits."""
+        model = Rounded(self.models[0], DAMAGED)
+        lazy = Lazy(partial(started, "torch", model))
+        limit = max((len(answer.tokens) for answer in written.original), default=1)
+        cache = self.cache(0, f"damaged, answers of {limit}")
+        ends = end_tokens(model.config, self.tokenizer)
+        made = write(lazy, written.prompts, self.tokenizer, ends, limit, cache, self.progress)
+        lazy.close()
+        return made
+
     def _floor(self, windows: list[Window]) -> float:
         cache = self.cache(0, 0, "floor")
         key = " ".join(window.key for window in windows[:FLOOR_WINDOWS])
         if key not in cache:
             cache[key] = floor(self.lazy[0], windows[:FLOOR_WINDOWS])
         return float(cache[key])
+
+
+def _judge(source: str | None, model: str) -> Judge | None:
+    """An endpoint by its address, or a model loaded here."""
+    if source is None:
+        return None
+    if source.startswith(("http://", "https://")):
+        if not model:
+            raise UsageError(f"{source}: name the endpoint's model with --judge-model")
+        return Endpoint(source, model, os.environ.get("OPENAI_API_KEY"))
+    checkpoint = open_checkpoint(model_path(source))
+    return Local(label(source), started(default_engine(checkpoint), checkpoint), checkpoint.tokenizer())
 
 
 def _vocabulary(model: Checkpoint) -> int:

@@ -65,7 +65,9 @@ def _fit(votes: Sequence[Vote], weights: np.ndarray, names: list[str], base: str
             if name != base:
                 design[number, column[name]] = sign
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # as many pairs as models are fitted exactly, which it takes for a mistake
+        warnings.simplefilter(
+            "ignore"
+        )  # as many pairs as models are fitted exactly, which it takes for a mistake
         fitted = GLM(np.array([*pairs.values()]), design, family=Binomial()).fit()
     found: np.ndarray = 1 / (1 + np.exp(-np.asarray(fitted.params)))
     return found
