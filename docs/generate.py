@@ -43,7 +43,7 @@ def cli_page() -> str:
     commands = {name: command for name, command in root.commands.items() if not command.hidden}  # type: ignore[attr-defined]
     intro = (
         "Results go to stdout, progress and messages to stderr. Exit codes: 0 done or passed, 1 error, 2 wrong "
-        "usage, 3 a quality gate is missed, 5 something is not installed, 130 interrupted."
+        "usage, 3 a quality gate is missed, 4 more samples are needed, 5 something is not installed, 130 interrupted."
     )
     parts = [_wrap(intro), "## poise", _help(root, "poise")]
     for name, command in commands.items():

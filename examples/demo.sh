@@ -2,8 +2,10 @@
 # The main job on a real model, from a checkpoint to a verdict. Usage: demo.sh FOLDER
 set -euo pipefail
 out=$1
+questions=$(cd "$(dirname "$0")" && pwd)/questions.jsonl
 say() { printf '\n$ %s\n' "$*"; }
 run() { say "$@"; "$@"; }
+may_not_pass() { say "$@"; "$@" || { code=$?; case "$code" in 3) echo "(exit code 3: a candidate fails)";; 4) echo "(exit code 4: more samples are needed)";; *) exit "$code";; esac; }; }
 may_miss_a_gate() { say "$@"; "$@" || { code=$?; [ "$code" -eq 3 ] || exit "$code"; echo "(exit code 3: a quality gate is missed)"; }; }
 
 # The package is only a carrier of the file: it is found, not imported.
@@ -28,4 +30,8 @@ echo; echo "5. Speed against the same engine with 16-bit floats."
 run poise quantize original --recipe float16 --to gguf -o float16
 run poise bench original float16 mobile/gguf
 
-echo; echo "The report is in $out/report/report.md, its picture in $out/report/quality.svg."
+echo; echo "6. Which of them is good enough? All candidates on the same text and questions."
+cp "$questions" .
+may_not_pass poise compare original float16 mobile/gguf mobile/compressed-tensors --prompts questions.jsonl --answer-tokens 48 -o comparison
+
+echo; echo "The report is $out/comparison/report.html. Vote blindly on the answers with: poise vote $out/comparison"

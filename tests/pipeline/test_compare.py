@@ -11,6 +11,7 @@ import poise
 from conftest import build_model
 from poise.calibration.text import Text, load_text
 from poise.checkpoints import open_checkpoint
+from poise.core.artifact import Artifact
 from poise.core.errors import EngineError, UsageError
 from poise.core.verdict import FAIL, INCONCLUSIVE, PASS, Range
 from poise.engines.torch import Torch
@@ -159,6 +160,10 @@ def test_a_text_that_the_candidate_was_calibrated_on_is_refused_unless_forced(ll
     verdict = poise.compare(llama, [tmp_path / "cal"], texts=[text], windows=2, force=True)
     assert verdict.rows[0].value("kl") >= 0
     assert "layer" in verdict.rows[0].parts
+    card = (tmp_path / "cal" / "README.md").read_text()
+    assert f"## {verdict.rows[0].verdict.upper()} against" in card
+    assert "| kl |" in card
+    assert Artifact.open(tmp_path / "cal").damaged() == []
 
 
 def test_a_second_text_is_a_second_domain(llama, ruined, tmp_path):

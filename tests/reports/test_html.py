@@ -197,3 +197,17 @@ def test_pictures_have_names_and_tables(verdict, tmp_path, browser):
         assert charts.nth(number).get_attribute("aria-labelledby")
         assert figure.locator("xpath=following::details[1]//table").count() >= 1
     page.close()
+
+
+def test_figures_on_data_sets_of_the_hub_are_written_as_the_hub_reads_them(verdict):
+    import yaml
+
+    from poise.reports.card import eval_results
+
+    assert eval_results(verdict, verdict.rows[0]) is None
+    data = ({**verdict.data[0], "name": "hf://org/novels"},)
+    part = Part(name="hf://org/novels", value=0.25)
+    row = replace(verdict.rows[0], parts={"domain": (part,)})
+    (entry,) = yaml.safe_load(eval_results(replace(verdict, data=data), row))
+    assert entry["dataset"] == {"id": "org/novels", "task_id": "kl_divergence"}
+    assert entry["value"] == 0.25

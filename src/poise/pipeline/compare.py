@@ -58,6 +58,7 @@ from poise.pipeline.summary import (
     parts,
     questions,
 )
+from poise.reports.card import eval_results, model_card
 from poise.reports.verdict import write_verdict
 from poise.statistics.noninferiority import Question, judge
 from poise.statistics.partition import Partition, log_mean_ratio
@@ -156,7 +157,18 @@ def compare(
         lines = [line for _, found in rows for line in found]
         write_atomically(Path(out) / "scores.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
         write_verdict(verdict, Path(out))
+    for artifact, (row, _) in zip(job.artifacts[1:], rows, strict=True):
+        if artifact:
+            _write_card(artifact, verdict, row)
     return verdict
+
+
+def _write_card(artifact: Artifact, verdict: Verdict, row: Row) -> None:
+    """The verdict goes with the model."""
+    if text := eval_results(verdict, row):
+        (artifact.path / ".eval_results").mkdir(exist_ok=True)
+        write_atomically(artifact.path / ".eval_results" / "poise.yaml", text)
+    artifact.replace_card(model_card(artifact.manifest, artifact.plan, judged=(verdict, row)))
 
 
 class _Job:

@@ -11,7 +11,6 @@ from poise.core.errors import UsageError
 from poise.core.metric import Score
 from poise.core.verdict import Answered, Finding, Part, Range, Row, Verdict
 from poise.reports.card import TEMPLATES
-from poise.reports.figures import beside, plain, span
 from poise.reports.html import report_html
 from poise.reports.report import no_nan
 
@@ -82,6 +81,4 @@ def _filled(kind: Any, item: dict[str, Any]) -> Any:
 
 def report_markdown(verdict: Verdict) -> str:
     """Verdicts, findings and scores as tables."""
-    return TEMPLATES.get_template("verdict.md.jinja").render(
-        verdict=verdict, beside=beside, plain=plain, span=span
-    )
+    return TEMPLATES.get_template("verdict.md.jinja").render(verdict=verdict)
