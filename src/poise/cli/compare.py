@@ -26,6 +26,11 @@ def run(
     prompts: Annotated[
         list[Path] | None, typer.Option(help=".jsonl with questions: answers, choices, references")
     ] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(help="task of lm-evaluation-harness (extra: tasks)")
+    ] = None,
+    task_limit: Annotated[int | None, typer.Option(min=1, help="first items of each task")] = None,
+    task_folder: Annotated[Path | None, typer.Option(help="folder with task definitions of your own")] = None,
     protocol: Annotated[str, typer.Option(help="windows (512 tokens), gptq-2048 or llamacpp")] = "windows",
     windows: Annotated[
         int | None, typer.Option(min=1, help="read at most so many windows of each text")
@@ -59,6 +64,7 @@ def run(
     """
     from poise import pipeline
     from poise.core.verdict import FAIL, INCONCLUSIVE
+    from poise.pipeline.candidates import Tasks
     from poise.reports import console
     from poise.reports.verdict import verdict_json
 
@@ -68,6 +74,7 @@ def run(
             candidates,
             texts=text or (),
             prompts=prompts or (),
+            tasks=Tasks(names=tuple(task or ()), limit=task_limit, folder=task_folder),
             protocol=protocol,
             windows=windows,
             answer_tokens=answer_tokens,

@@ -2,66 +2,37 @@
 
 import hashlib
 import json
-import math
 import os
 import shlex
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from poise.calibration.text import Text
 from poise.checkpoints import open_checkpoint
-from poise.checkpoints.rounded import Rounded
 from poise.core.artifact import Artifact, write_atomically
-from poise.core.checkpoint import Checkpoint
-from poise.core.comparison import Side
-from poise.core.errors import CheckpointError, UsageError
+from poise.core.errors import UsageError
 from poise.core.judge import Judge
-from poise.core.metric import Answer, Score
 from poise.core.run import versions
-from poise.core.verdict import Answered, Part, Range, Row, Verdict
+from poise.core.verdict import Range, Row, Verdict
 from poise.judges.endpoint import Endpoint
 from poise.judges.local import Local
-from poise.pipeline.answering import choose, end_tokens, surprised, write
-from poise.pipeline.cache import Cache
-from poise.pipeline.judging import DAMAGED, Judged, controls, judge_answers, judged_question, judged_scores
+from poise.pipeline.candidates import NO_TASKS, Job, Tasks
 from poise.pipeline.progress import Progress, silent
 from poise.pipeline.samples import (
     PROTOCOLS,
     Prompt,
-    Protocol,
     Window,
     load_texts,
     read_prompts,
-    read_windows,
 )
-from poise.pipeline.scoring import Lazy, floor, score_alone, score_pair
 from poise.pipeline.subjects import (
     default_engine,
     label,
-    measure,
     model_path,
-    refuse_known,
     started,
-    system_names,
-    whole_artifact,
-)
-from poise.pipeline.summary import (
-    Chosen,
-    Reading,
-    Written,
-    fidelity_scores,
-    own_scores,
-    parts,
-    questions,
 )
 from poise.reports.card import eval_results, model_card
 from poise.reports.verdict import write_verdict
-from poise.statistics.noninferiority import Question, judge
-from poise.statistics.partition import Partition, log_mean_ratio
 
 DEFAULT_RANGES: dict[str, Range] = {
     "perplexity_ratio": Range(at_most=1.02),
@@ -74,9 +45,6 @@ DEFAULT_RANGES: dict[str, Range] = {
 }
 """What a candidate may lose: a point of accuracy, two points of BLEU and ROUGE, two per cent of perplexity, five of speed in the
 same engine, ten of the length of answers either way, five points of a judge's preference."""
-FLOOR_WINDOWS = 2
-SHOWN = 8
-"""Answers that a report shows."""
 
 
 def compare(
@@ -85,6 +53,7 @@ def compare(
     *,
     texts: Sequence[str | Path] = (),
     prompts: Sequence[Path] = (),
+    tasks: Tasks = NO_TASKS,
     protocol: str = "windows",
     windows: int | None = None,
     answer_tokens: int = 128,
@@ -105,6 +74,7 @@ def compare(
         original, candidates: artifacts, folders, ``.gguf`` files or hub ids.
         texts: UTF-8 files, JSON lines or data sets to read, one domain each; none for the short text that comes with Poise.
         prompts: files of JSON lines with questions to answer (``pipeline/samples.py``).
+        tasks: of lm-evaluation-harness.
         protocol: a key of ``PROTOCOLS``; ``windows`` limits their number for each text.
         answer_tokens: longest answer.
         ranges: by figure, added to ``DEFAULT_RANGES`` or instead of them; any figure of a report can have one.
@@ -126,7 +96,7 @@ def compare(
         )
     if out is not None and Path(out).exists() and not Path(out).is_dir():
         raise UsageError(f"{out} is a file; name a folder for the report")
-    job = _Job(
+    job = Job(
         sources=[original, *candidates],
         engines=[original_engine, *(engines or (None for _ in candidates))],
         folder=None if out is None else Path(out) / "cache",
@@ -138,8 +108,11 @@ def compare(
     sides = job.sides(efficiency)
     job.judge = _judge(judge, judge_model)
     allowed = {**DEFAULT_RANGES, **(ranges or {})}
-    rows = [job.row(number, reading, asked, answer_tokens, sides, allowed) for number in range(1, len(sides))]
-    command = _command(original, candidates, texts, prompts, protocol, windows, answer_tokens, seed)
+    rows = [
+        job.row(number, reading, asked, tasks, answer_tokens, sides, allowed)
+        for number in range(1, len(sides))
+    ]
+    command = _command(original, candidates, texts, prompts, tasks, protocol, windows, answer_tokens, seed)
     verdict = Verdict(
         original=job.original_side(sides[0]),
         rows=tuple(row for row, _ in rows),
@@ -171,207 +144,6 @@ def _write_card(artifact: Artifact, verdict: Verdict, row: Row) -> None:
     artifact.replace_card(model_card(artifact.manifest, artifact.plan, judged=(verdict, row)))
 
 
-class _Job:
-    """The models of one comparison, and what is known of the original so far."""
-
-    def __init__(
-        self,
-        *,
-        sources: list[str | Path],
-        engines: list[str | None],
-        folder: Path | None,
-        seed: int,
-        progress: Progress,
-    ) -> None:
-        self.sources = sources
-        self.artifacts: list[Artifact | None] = [whole_artifact(source) for source in sources]
-        self.models: list[Checkpoint] = [open_checkpoint(model_path(source)) for source in sources]
-        self.engines = [e or default_engine(m) for e, m in zip(engines, self.models, strict=True)]
-        self.tokenizer = self.models[0].tokenizer()
-        self.folder, self.seed, self.progress = folder, seed, progress
-        self.lazy = [Lazy(partial(started, e, m)) for e, m in zip(self.engines, self.models, strict=True)]
-        self._original_scores: tuple[Score, ...] = ()
-        self.judge: Judge | None = None
-        self._controls: tuple[Judged, Judged] | None = None
-
-    def read(self, texts: list[Text], protocol: Protocol, limit: int | None, force: bool) -> list[Window]:
-        """Windows of all texts, none of which a candidate knows."""
-        context = min((model.context for model in self.models if model.context), default=protocol.length)
-        if context < protocol.length:
-            facts = {
-                **protocol.__dict__,
-                "length": context,
-                "first": protocol.first * context // protocol.length,
-            }
-            protocol = Protocol(**facts)
-        cut = read_windows(texts, self.tokenizer, protocol, limit)
-        for artifact in () if force else filter(None, self.artifacts):
-            for text in texts:
-                mine = [window.text for window in cut if window.domain == text.name]
-                if artifact.manifest.calibration == text.hash:
-                    raise UsageError(
-                        f"{text.name} is what {artifact.path.name} was calibrated on; compare on another text"
-                    )
-                refuse_known(artifact, text.name, mine)
-        return cut
-
-    def cache(self, *facts: Any) -> Cache:
-        """Of the models with these numbers, and whatever else the records depend on."""
-        models = [
-            (self.models[fact].fingerprint(), self.engines[fact]) if isinstance(fact, int) else fact
-            for fact in facts
-        ]
-        return Cache(self.folder, {"facts": models, "versions": versions()})
-
-    def sides(self, efficiency: bool) -> list[Side]:
-        """Size, and cost if it is wanted."""
-        names = system_names() if efficiency else ["size"]
-        return measure(self.models, self.engines, self.sources, names, self.progress)
-
-    def same_tokens(self, number: int, windows: list[Window]) -> str:
-        """Why a candidate cannot be compared token by token; empty if it can."""
-        sizes = [_vocabulary(self.models[place]) for place in (0, number)]
-        if all(sizes) and sizes[0] != sizes[1]:
-            return f"vocabularies of {sizes[0]} and {sizes[1]} tokens: only bits per byte can be compared"
-        try:
-            tokenizer = self.models[number].tokenizer()
-        except CheckpointError:
-            return ""  # a model without a tokenizer is given the original's tokens
-        for window in windows[:4]:
-            ids = [
-                each(window.text, add_special_tokens=False, verbose=False)["input_ids"]
-                for each in (tokenizer, self.tokenizer)
-            ]
-            if ids[0] != ids[1]:
-                return "the tokenizers cut the text differently: only bits per byte can be compared"
-        return ""
-
-    def row(
-        self,
-        number: int,
-        windows: list[Window],
-        prompts: list[Prompt],
-        limit: int,
-        sides: list[Side],
-        allowed: dict[str, Range],
-    ) -> tuple[Row, list[dict[str, Any]]]:
-        """A candidate's row, and a line for each of its samples."""
-        notes = [reason] if (reason := self.same_tokens(number, windows)) else []
-        partition = Partition([window.document for window in windows], self.seed)
-        if reason:
-            reading = self._alone(number, windows, partition)
-        else:
-            records = score_pair(
-                self.lazy[0], self.lazy[number], windows, self.cache(0, number), self.progress
-            )
-            reading = Reading(windows=windows, records=records, partition=partition)
-        chosen = self._choose(number, [prompt for prompt in prompts if prompt.choices])
-        written = self._write(number, [prompt for prompt in prompts if not prompt.choices], limit)
-        noise = self._floor(windows)
-        self.lazy[number].close()
-        asked = questions(reading, chosen, written, allowed)
-        if latency := _latency(sides[0], sides[number], allowed["latency_ratio"]):
-            asked["latency_ratio"] = latency
-        judged, question, problem = self._judged(written, allowed["judged_win_rate"])
-        if question:
-            asked["judged_win_rate"] = question
-        notes += [problem] if problem else []
-        if not asked:
-            notes.append("no figure that was measured has a range")
-        own = own_scores(reading, chosen, written, "candidate")
-        if number == 1:
-            self._original_scores = own_scores(reading, chosen, written, "original")
-        side = Side(**{**sides[number].__dict__, "scores": (*own, *sides[number].scores)})
-        row = Row(
-            side=side,
-            scores=(*fidelity_scores(reading, chosen, written, noise), *judged),
-            findings=judge(asked),
-            parts={**parts(reading), **_layers(self.sources[number])},
-            answers=tuple(_shown(written)),
-            notes=tuple(notes),
-        )
-        return row, [
-            {"candidate": side.label, **line}
-            for line in (*reading.lines(), *chosen.lines(), *written.lines())
-        ]
-
-    def original_side(self, side: Side) -> Side:
-        """With its own perplexity and answers' figures."""
-        return Side(**{**side.__dict__, "scores": (*self._original_scores, *side.scores)})
-
-    def _alone(self, number: int, windows: list[Window], partition: Partition) -> Reading:
-        tokenizer = self.models[number].tokenizer()
-        opening = tokenizer("")["input_ids"][:1]
-        cut = []
-        for window in windows:
-            ids = tokenizer(window.text, add_special_tokens=False, verbose=False)["input_ids"]
-            cut.append((window.key, [*opening, *ids], len(window.text.encode())))
-        own = [(w.key, list(w.tokens), len(w.text.encode())) for w in windows]
-        found = [
-            score_alone(self.lazy[place], each, self.cache(place, "alone"))
-            for place, each in ((0, own), (number, cut))
-        ]
-        return Reading(windows=windows, records=[], partition=partition, alone=list(zip(*found, strict=True)))
-
-    def _choose(self, number: int, prompts: list[Prompt]) -> Chosen:
-        if not prompts:
-            return Chosen()
-        both = [
-            choose(self.lazy[place], prompts, self.tokenizer, self.cache(place, "choices"), self.progress)
-            for place in (0, number)
-        ]
-        partition = Partition([prompt.document for prompt in prompts], self.seed)
-        return Chosen(prompts=prompts, original=both[0], candidate=both[1], partition=partition)
-
-    def _write(self, number: int, prompts: list[Prompt], limit: int) -> Written:
-        if not prompts:
-            return Written()
-        both: list[list[Answer]] = []
-        for place in (0, number):
-            ends = end_tokens(self.models[place].config, self.models[place].tokenizer())
-            cache = self.cache(place, f"answers of {limit}")
-            made = write(
-                self.lazy[place], prompts, self.models[place].tokenizer(), ends, limit, cache, self.progress
-            )
-            both.append(surprised(self.lazy[0], prompts, made, self.tokenizer, self.cache(0, "surprise")))
-        partition = Partition([prompt.document for prompt in prompts], self.seed)
-        return Written(prompts=prompts, original=both[0], candidate=both[1], partition=partition)
-
-    def _judged(self, written: Written, allowed: Range) -> tuple[list[Score], Question | None, str]:
-        """Scores and the question of a judge that passed its controls, or why there are none."""
-        judge = self.judge
-        if judge is None or not written.prompts:
-            return [], None, ""
-        cache, partition = self.cache(judge.name, "judge"), written.partition
-        compared = partial(judge_answers, judge, written.prompts, cache=cache, progress=self.progress)
-        if self._controls is None:
-            itself = compared(written.original, written.original)
-            self._controls = itself, compared(written.original, self._damaged(written))
-        if against := controls(*self._controls, partition):
-            return [], None, f"no judged verdict: {judge.name} fails its controls: {'; '.join(against)}"
-        found = compared(written.original, written.candidate)
-        scores = judged_scores(judge, found, *self._controls, partition)
-        return scores, judged_question(found, partition, allowed), ""
-
-    def _damaged(self, written: Written) -> list[Answer]:
-        """What the original would answer at 2 bits."""
-        model = Rounded(self.models[0], DAMAGED)
-        lazy = Lazy(partial(started, "torch", model))
-        limit = max((len(answer.tokens) for answer in written.original), default=1)
-        cache = self.cache(0, f"damaged, answers of {limit}")
-        ends = end_tokens(model.config, self.tokenizer)
-        made = write(lazy, written.prompts, self.tokenizer, ends, limit, cache, self.progress)
-        lazy.close()
-        return made
-
-    def _floor(self, windows: list[Window]) -> float:
-        cache = self.cache(0, 0, "floor")
-        key = " ".join(window.key for window in windows[:FLOOR_WINDOWS])
-        if key not in cache:
-            cache[key] = floor(self.lazy[0], windows[:FLOOR_WINDOWS])
-        return float(cache[key])
-
-
 def _judge(source: str | None, model: str) -> Judge | None:
     """An endpoint by its address, or a model loaded here."""
     if source is None:
@@ -382,55 +154,6 @@ def _judge(source: str | None, model: str) -> Judge | None:
         return Endpoint(source, model, os.environ.get("OPENAI_API_KEY"))
     checkpoint = open_checkpoint(model_path(source))
     return Local(label(source), started(default_engine(checkpoint), checkpoint), checkpoint.tokenizer())
-
-
-def _vocabulary(model: Checkpoint) -> int:
-    return next((linear.rows for linear in model.linears() if linear.role == "embedding"), 0)
-
-
-def _latency(original: Side, candidate: Side, allowed: Range) -> Question | None:
-    """Time per token over the original's, in rounds where they took turns. Two engines cannot be compared this way: what differs
-    is the engine."""
-    pair = [
-        next((s.rounds for s in side.scores if s.name == "time_per_token"), ())
-        for side in (original, candidate)
-    ]
-    if original.engine.split("(")[0] != candidate.engine.split("(")[0] or not pair[0]:
-        return None
-    rounds = np.array(pair).T
-    estimate = Partition([str(number) for number in range(len(rounds))]).estimate(rounds, log_mean_ratio)
-    return Question(
-        estimate=estimate,
-        allowed=DEFAULT_RANGES["latency_ratio"],
-        link=math.log,
-        back=math.exp,
-        unit="rounds",
-    )
-
-
-def _layers(source: str | Path) -> dict[str, tuple[Part, ...]]:
-    """Errors of the matrices of an artifact, from the record of the run that made it, if that is still beside it."""
-    record = Path(f"{source}.run.json")
-    if not record.is_file():
-        return {}
-    matrices = json.loads(record.read_text(encoding="utf-8")).get("matrices", [])
-    errors = [(item["name"], item.get("output_error")) for item in matrices]
-    found = [
-        Part(name=name, value=float(error))
-        for name, error in errors
-        if error is not None and math.isfinite(error)
-    ]
-    return {"layer": tuple(found)} if found else {}
-
-
-def _shown(written: Written) -> list[Answered]:
-    """Answers that differ first: they are what a reader looks for."""
-    rows = list(zip(written.prompts, written.original, written.candidate, strict=True))
-    rows.sort(key=lambda row: row[1].text == row[2].text)
-    return [
-        Answered(prompt=prompt.asked, wanted=prompt.wanted, original=a.text, candidate=b.text)
-        for prompt, a, b in rows[:SHOWN]
-    ]
 
 
 def _data(windows: list[Window], prompts: list[Prompt]) -> list[dict[str, Any]]:
@@ -451,6 +174,7 @@ def _command(
     candidates: Sequence[str | Path],
     texts: Sequence[str | Path],
     prompts: Sequence[Path],
+    tasks: Tasks,
     protocol: str,
     windows: int | None,
     answer_tokens: int,
@@ -461,6 +185,9 @@ def _command(
     for option, values in (("--text", texts), ("--prompts", prompts)):
         for value in values:
             line += [option, Path(value).name]
+    for task in tasks.names:
+        line += ["--task", task]
+    line += ["--task-limit", str(tasks.limit)] if tasks.limit else []
     line += ["--protocol", protocol] if protocol != "windows" else []
     line += ["--windows", str(windows)] if windows else []
     line += ["--answer-tokens", str(answer_tokens)] if answer_tokens != 128 else []

@@ -1,7 +1,7 @@
 """Samples to figures: scores with intervals, questions for the verdict, parts by domain and position."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -63,23 +63,25 @@ class Reading:
 
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
-    """Right (1) and wrong (0) answers of questions with choices."""
+    """Right (1) and wrong (0) answers of a set of questions.
 
-    prompts: list[Prompt] = field(default_factory=list)
-    original: list[float] = field(default_factory=list)
-    candidate: list[float] = field(default_factory=list)
-    partition: Partition = NOWHERE
+    Attributes:
+        name: of the figure.
+        samples: key and document of each question.
+    """
+
+    name: str
+    protocol: str
+    samples: list[tuple[str, str]]
+    original: list[float]
+    candidate: list[float]
+    partition: Partition
 
     def lines(self) -> Iterator[dict[str, Any]]:
         """For scores.jsonl."""
-        for prompt, a, b in zip(self.prompts, self.original, self.candidate, strict=True):
-            yield {
-                "kind": "choice",
-                "sample": prompt.key,
-                "document": prompt.document,
-                "original": a,
-                "answer": b,
-            }
+        for (sample, document), a, b in zip(self.samples, self.original, self.candidate, strict=True):
+            facts = {"kind": "choice", "task": self.name, "sample": sample, "document": document}
+            yield {**facts, "original": a, "answer": b}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +182,7 @@ def _of_answers(written: Written, name: str, metric: AnswerMetric, of: str) -> S
     return _score(name, metric, estimate)
 
 
-def own_scores(reading: Reading, chosen: Chosen, written: Written, of: str) -> tuple[Score, ...]:
+def own_scores(reading: Reading, chosen: Sequence[Chosen], written: Written, of: str) -> tuple[Score, ...]:
     """Figures of one model: ``original`` or ``candidate``."""
     found = [
         _of_text(reading, name, "sums" if of == "candidate" else "original")
@@ -193,9 +195,9 @@ def own_scores(reading: Reading, chosen: Chosen, written: Written, of: str) -> t
         )
         metric = get("metric", "bits-per-byte")
         found.append(_score("bits-per-byte", metric, reading.partition.estimate(rows, _ratio)))
-    if chosen.prompts:
-        estimate = chosen.partition.estimate(np.array(getattr(chosen, of)), mean)
-        found.append(_share("accuracy", "log-likelihood of choices, the largest wins", estimate))
+    for item in chosen:
+        estimate = item.partition.estimate(np.array(getattr(item, of)), mean)
+        found.append(_share(item.name, item.protocol, estimate))
     for name, answers in answer_metrics().items():
         if written.applies(answers) and answers.against != "original":
             found.append(_of_answers(written, name, answers, of))
@@ -209,7 +211,9 @@ def _share(name: str, protocol: str, estimate: Estimate) -> Score:
     )
 
 
-def fidelity_scores(reading: Reading, chosen: Chosen, written: Written, noise: float) -> tuple[Score, ...]:
+def fidelity_scores(
+    reading: Reading, chosen: Sequence[Chosen], written: Written, noise: float
+) -> tuple[Score, ...]:
     """Figures of the candidate against the original."""
     found: list[Score] = []
     if reading.records:
@@ -221,30 +225,40 @@ def fidelity_scores(reading: Reading, chosen: Chosen, written: Written, noise: f
             found.append(Score(name=name, value=value, unit="nats", protocol=protocol, n=len(every)))
         floor_protocol = "mean KL of the original against itself, first windows"
         found.append(Score(name="kl_noise_floor", value=noise, unit="nats", protocol=floor_protocol))
-    if chosen.prompts:
-        changed = flips(chosen.original, chosen.candidate)
-        protocol = f"of {changed.n} items: {changed.lost} right to wrong, {changed.won} wrong to right; exact McNemar p {changed.p:.3g}"
-        value = (changed.lost + changed.won) / changed.n
-        found.append(Score(name="flips", value=value, unit="share", protocol=protocol, n=changed.n))
-        before, after = sum(chosen.original), sum(chosen.candidate)
-        recovery = 100 * after / before if before else math.nan
-        found.append(
-            Score(
-                name="recovery",
-                value=recovery,
-                unit="%",
-                protocol="accuracy over the original's",
-                n=changed.n,
-            )
-        )
+    for item in chosen:
+        found += _changes(item)
     for name, answers in answer_metrics().items():
         if written.applies(answers) and answers.against == "original":
             found.append(_of_answers(written, name, answers, "candidate"))
     return tuple(found)
 
 
+def _changes(item: Chosen) -> list[Score]:
+    """Flips in both directions, and what is left in percent."""
+    changed = flips(item.original, item.candidate)
+    words = f"{changed.lost} right to wrong, {changed.won} wrong to right; exact McNemar p {changed.p:.3g}"
+    before, after = sum(item.original), sum(item.candidate)
+    prefix = "" if item.name == "accuracy" else f"{item.name}_"
+    return [
+        Score(
+            name=f"{prefix}flips",
+            value=(changed.lost + changed.won) / changed.n,
+            unit="share",
+            protocol=f"of {changed.n} items: {words}",
+            n=changed.n,
+        ),
+        Score(
+            name=f"{prefix}recovery",
+            value=100 * after / before if before else math.nan,
+            unit="%",
+            protocol="right answers over the original's",
+            n=changed.n,
+        ),
+    ]
+
+
 def questions(
-    reading: Reading, chosen: Chosen, written: Written, allowed: Mapping[str, Range]
+    reading: Reading, chosen: Sequence[Chosen], written: Written, allowed: Mapping[str, Range]
 ) -> dict[str, Question]:
     """What is asked of the candidate: every figure that has a range and was measured."""
     found: dict[str, Question] = {}
@@ -252,10 +266,11 @@ def questions(
         if reading.records and name not in OWN and (key := _key(name)) in allowed:
             estimate = reading.partition.estimate(reading.column(name), _ratio)
             found[key] = _asked(estimate, allowed[key], metric.unit == "ratio", "windows")
-    if chosen.prompts and "accuracy_change" in allowed:
-        change = np.array(chosen.candidate) - np.array(chosen.original)
-        estimate = chosen.partition.estimate(change, mean, share=True)
-        found["accuracy_change"] = _asked(estimate, allowed["accuracy_change"], False, "questions")
+    for item in chosen:
+        limits = allowed.get(f"{item.name}_change", allowed["accuracy_change"])
+        change = np.array(item.candidate) - np.array(item.original)
+        estimate = item.partition.estimate(change, mean, share=True)
+        found[f"{item.name}_change"] = _asked(estimate, limits, False, "questions")
     for name, answers in answer_metrics().items():
         key = _key(name) + ("" if answers.against == "original" else "_ratio" if answers.ratio else "_change")
         if written.applies(answers) and key in allowed:
