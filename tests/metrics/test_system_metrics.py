@@ -9,7 +9,10 @@ import pytest
 from poise.checkpoints import open_checkpoint
 from poise.core.engine import Engine, Generation
 from poise.core.metric import Subject
-from poise.metrics.latency import GENERATED, PROMPT, ROUNDS, Latency
+from poise.metrics import energy
+from poise.metrics.energy import Energy
+from poise.metrics.kv_cache import KvCache
+from poise.metrics.latency import ENOUGH, GENERATED, PROMPT, ROUNDS, Latency
 from poise.metrics.memory import Memory
 from poise.metrics.size import Size
 
@@ -130,7 +133,10 @@ def test_models_take_turns_and_the_warm_up_is_not_counted():
     rates = sorted(4 / (f + 3 * s) for f, s in zip(FIRST[1:], STEPS[1:], strict=True))
     assert a["throughput"].value == pytest.approx(rates[2])
     assert (a["throughput"].low, a["throughput"].high) == pytest.approx((rates[0], rates[-1]))
-    assert {score.n for score in a.values()} == {ROUNDS}
+    assert {a[name].n for name in ("time_to_first_token", "time_per_token", "throughput")} == {ROUNDS}
+    assert a["throughput"].rounds == pytest.approx(
+        tuple(4 / (f + 3 * s) for f, s in zip(FIRST[1:], STEPS[1:], strict=True))
+    )
     assert b["time_to_first_token"].value == pytest.approx(0.9)
     assert b["time_per_token"].value == pytest.approx(0.09)
     assert b["throughput"].protocol.endswith("engine scripted-b")
@@ -156,3 +162,51 @@ def test_engines_are_closed_when_a_later_one_does_not_start():
     with pytest.raises(RuntimeError, match="no such model"):
         Latency().measure([subject(start=lambda: Scripted("a", calls, script())), subject(start=refuse)])
     assert calls == [("a", "closed")]
+
+
+def test_gaps_between_tokens_have_percentiles_and_the_last_one_takes_a_thousand():
+    (scores,) = Latency().measure([subject(start=lambda: Scripted("a", [], script()))])
+    found = by_name(scores)
+    assert found["inter_token_latency_p50"].value == pytest.approx(0.03)
+    assert found["inter_token_latency_p95"].value == pytest.approx(0.05)
+    refused = found["inter_token_latency_p99"]
+    assert math.isnan(refused.value)
+    assert (refused.n, refused.n_unscored) == (0, 3 * ROUNDS)
+    assert f"refused: 15 of the {ENOUGH}" in refused.protocol
+    long = [[0.0, *(0.001 * (k + 1) for k in range(250))] for _ in range(ROUNDS + 1)]
+    (scores,) = Latency().measure([subject(start=lambda: Scripted("a", [], long))])
+    many = by_name(scores)["inter_token_latency_p99"]
+    assert many.low <= many.value <= many.high
+    assert many.n == 1250
+
+
+def test_keys_and_values_of_grouped_heads(llama):
+    ((score,),) = KvCache().measure([subject(open_checkpoint(llama))])
+    assert score.value == 2 * 2 * 2 * 16 * 2  # two of each, layers, key-value heads, head, bytes
+
+
+def test_a_configuration_that_does_not_tell_is_not_guessed(llama):
+    checkpoint = open_checkpoint(llama)
+    checkpoint.config = {"model_type": "llama"}
+    ((score,),) = KvCache().measure([subject(checkpoint)])
+    assert math.isnan(score.value)
+    assert score.n_unscored == 1
+
+
+def test_energy_is_counted_or_not_available(tmp_path, monkeypatch):
+    monkeypatch.setattr(energy, "COUNTERS", tmp_path)
+    ((score,),) = Energy().measure([subject(start=lambda: pytest.fail("needs no model"))])
+    assert math.isnan(score.value)
+    assert "not available" in score.protocol
+    counter = tmp_path / "intel-rapl:0" / "energy_uj"
+    counter.parent.mkdir()
+    counter.write_text("1000000")
+
+    class Hungry(Scripted):
+        def generate(self, tokens, n):
+            counter.write_text(str(int(counter.read_text()) + 640_000))
+            return Generation(tokens=[0] * n, seconds=[0.1] * n)
+
+    ((score,),) = Energy().measure([subject(start=lambda: Hungry("a", [], []))])
+    assert score.value == pytest.approx(0.01)
+    assert score.n == 1

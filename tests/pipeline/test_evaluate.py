@@ -354,3 +354,9 @@ def test_a_text_that_shares_passages_with_the_calibration_is_refused(llama, tmp_
         poise.evaluate(artifact.path, llama, text=mixed, **settings)
     mixed.write_text(other[:1200])
     assert poise.evaluate(artifact.path, llama, text=mixed, **settings).value("kl") >= 0
+
+
+def test_cost_follows_from_price_and_speed(llama):
+    (side,) = poise.bench([llama], ["fake(vocabulary=320)"], price=1.8)
+    assert side.value("throughput") == pytest.approx(100)
+    assert side.value("cost_per_million_tokens") == pytest.approx(5)

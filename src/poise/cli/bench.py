@@ -14,6 +14,10 @@ def run(
     engine: Annotated[
         list[str] | None, typer.Option(help="one engine a model, in order; default: by kind")
     ] = None,
+    price: Annotated[
+        float | None,
+        typer.Option(min=0, help="price of an hour of this machine: prints the cost of a million tokens"),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Measure size, memory and speed. The models take turns, so that a noisy machine is fair to all.
@@ -26,7 +30,7 @@ def run(
     from poise.reports import console, report
 
     with terminal.progress() as progress:
-        sides = pipeline.bench(models, engine or (), progress)
+        sides = pipeline.bench(models, engine or (), progress, price)
     if as_json:
         print(report.sides_json(sides))
     else:

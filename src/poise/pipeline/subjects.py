@@ -1,6 +1,7 @@
 """Models as the user names them: opened, called something, loaded into engines, measured."""
 
 import importlib.util
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -36,18 +37,34 @@ def whole_artifact(source: str | Path) -> Artifact | None:
 
 
 def bench(
-    sources: Sequence[str | Path], engines: Sequence[str] = (), progress: Progress = silent
+    sources: Sequence[str | Path],
+    engines: Sequence[str] = (),
+    progress: Progress = silent,
+    price: float | None = None,
 ) -> list[Side]:
     """Size, memory and latency of models side by side, taking turns.
 
     Args:
         engines: one engine spec a model, or none for the defaults.
+        price: of an hour of this machine, in any currency, for the cost of a million tokens.
     """
     if engines and len(engines) != len(sources):
         raise UsageError(f"{len(sources)} models but {len(engines)} engines: give one for each, or none")
     models = [open_checkpoint(model_path(source)) for source in sources]
     chosen = list(engines) or [default_engine(model) for model in models]
-    return measure(models, chosen, sources, system_names(), progress)
+    sides = measure(models, chosen, sources, system_names(), progress)
+    return [_priced(side, price) for side in sides] if price is not None else sides
+
+
+def _priced(side: Side, price: float) -> Side:
+    """With what a million generated tokens cost, one stream at a time."""
+    speed = side.value("throughput")
+    cost = price / (3600 * speed) * 1e6 if speed > 0 else math.nan
+    protocol = f"{price:g} an hour over the throughput of one stream"
+    score = Score(
+        name="cost_per_million_tokens", value=cost, unit="of the price's currency", protocol=protocol
+    )
+    return Side(**{**side.__dict__, "scores": (*side.scores, score)})
 
 
 def probe(source: str | Path, engine: str) -> dict[str, int]:
