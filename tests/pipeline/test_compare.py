@@ -100,6 +100,9 @@ def test_divergence_is_that_of_both_models_on_the_same_tokens(llama, ruined):
     nats = -q.gather(1, following[:, None]).sum()
     size = sum(len(open_checkpoint(llama).tokenizer().decode(w[1:]).encode()) for w in windows)
     assert found.value("bits_per_byte") == pytest.approx(float(nats) / math.log(2) / size, rel=1e-4)
+    assert found.value("byte_perplexity") == pytest.approx(2 ** found.value("bits_per_byte"), rel=1e-6)
+    words = sum(len(open_checkpoint(llama).tokenizer().decode(w[1:]).split()) for w in windows)
+    assert math.log(found.value("word_perplexity")) == pytest.approx(float(nats) / words, rel=1e-4)
     assert found.value("kl_noise_floor") == 0
 
 

@@ -68,7 +68,7 @@ class LogitMetric(Metric):
     """Scores the positions of a text from what both models expect there.
 
     Attributes:
-        per: what the score of a text is a mean over: ``token``, or ``byte`` of the text.
+        per: what the score of a text is a mean over: ``token``, or ``byte`` or ``word`` of the text.
     """
 
     per: ClassVar[str] = "token"

@@ -17,7 +17,7 @@ from poise.pipeline.cache import Cache
 from poise.pipeline.progress import Progress
 from poise.pipeline.samples import Window
 
-OWN = ("perplexity", "bits-per-byte")
+OWN = ("perplexity", "bits-per-byte", "byte-perplexity", "word-perplexity")
 """Metrics of one model, that the original has too."""
 
 Start = Callable[[], Engine]

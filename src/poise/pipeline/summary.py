@@ -45,8 +45,14 @@ class Reading:
 
     def column(self, name: str, of: str = "sums") -> Array:
         """Sum and number of a metric's values, [windows, 2]."""
-        per = "bytes" if logit_metrics()[name].per == "byte" else "positions"
-        return np.array([[record[of][name], record[per]] for record in self.records], dtype=np.float64)
+        per = logit_metrics()[name].per
+        sizes = {
+            "token": [record["positions"] for record in self.records],
+            "byte": [record["bytes"] for record in self.records],
+            "word": [len(window.text.split()) for window in self.windows],
+        }
+        sums = [record[of][name] for record in self.records]
+        return np.array([sums, sizes[per]], dtype=np.float64).T
 
     def lines(self) -> Iterator[dict[str, Any]]:
         """For scores.jsonl."""
