@@ -114,6 +114,7 @@ def test_json_is_strict_and_whole():
         "high": None,
         "n": 0,
         "n_unscored": 1,
+        "rounds": [],
     }
     sides = json.loads(sides_json([COMPARISON.reference, COMPARISON.candidate]), parse_constant=refuse)
     assert [model["label"] for model in sides["models"]] == ["original", "small"]
