@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 SMOLLM2 := $(VENV)/.smollm2
 WORKERS ?= 2
 
-.PHONY: demo test lint format docs bench bench-memory bench-speed bench-formats bench-solvers bench-quality bench-decoding verify-vllm clean
+.PHONY: demo test lint format docs bench bench-memory bench-speed bench-formats bench-solvers bench-quality bench-decoding bench-ranking bench-scoring bench-agreement verify-vllm clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -57,6 +57,16 @@ bench-solvers: $(SMOLLM2)
 # TEXT is a development text such as the validation split of WikiText-2.
 bench-quality: $(SMOLLM2)
 	$(BIN)/python benchmarks/quality.py --text $(TEXT)
+
+bench-ranking: $(SMOLLM2)
+	$(BIN)/python benchmarks/ranking.py
+
+bench-scoring: $(SMOLLM2)
+	$(BIN)/python benchmarks/scoring.py
+
+# LLAMA_PERPLEXITY is llama.cpp's own program; benchmarks/agreement.py says how to build it.
+bench-agreement: $(SMOLLM2)
+	$(BIN)/python benchmarks/agreement.py --llama-perplexity $(LLAMA_PERPLEXITY)
 
 bench-decoding: $(SMOLLM2)
 	$(BIN)/python benchmarks/decoding.py

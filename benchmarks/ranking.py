@@ -11,6 +11,7 @@ build/ranking.
 import argparse
 import json
 import sys
+from math import isfinite
 from pathlib import Path
 
 from rich.console import Console
@@ -109,12 +110,12 @@ def main() -> None:
     rows = []
     for name in names:
         values = [row.value(name) for row in verdict.rows]
-        spread = len(set(values)) > 1
+        spread = all(map(isfinite, values)) and len(set(values)) > 1
         rho = abs(float(spearmanr(BITS, values).statistic)) if spread else 0.0
         rows.append(
             {
                 "metric": name,
-                "values": values,
+                "values": [value if isfinite(value) else None for value in values],
                 "spearman": rho,
                 "alike": undecided.get(name, []),
                 "held": name not in EXEMPT,
@@ -125,7 +126,12 @@ def main() -> None:
     table = Table("metric", *map(str, BITS), "Spearman", "cannot tell apart")
     for row in rows:
         pairs = ", ".join(f"{a.rpartition('-')[2]}/{b.rpartition('-')[2]}" for a, b in row["alike"])
-        table.add_row(row["metric"], *(f"{v:.4g}" for v in row["values"]), f"{row['spearman']:.2f}", pairs)
+        table.add_row(
+            row["metric"],
+            *("" if v is None else f"{v:.4g}" for v in row["values"]),
+            f"{row['spearman']:.2f}",
+            pairs,
+        )
     Console(width=160).print(table)
     if low := [row["metric"] for row in rows if row["held"] and row["spearman"] < 0.9]:
         sys.exit(f"below 0.9: {', '.join(low)}")

@@ -85,6 +85,15 @@ def quality_page() -> str:
     return _page("Quality", *(part if part.startswith(("|", "#")) else _wrap(part) for part in parts()))
 
 
+def evaluation_page() -> str:
+    """How far evaluation agrees with others' tools and with itself."""
+    from evaluation_page import parts
+
+    return _page(
+        "Evaluation, checked", *(part if part.startswith(("|", "#")) else _wrap(part) for part in parts())
+    )
+
+
 def rate_picture() -> str:
     """Error against bits."""
     from formats_page import rate_picture
@@ -105,6 +114,7 @@ PAGES: dict[str, Callable[[], str]] = {
     "recipes.md": recipes_page,
     "formats.md": formats_page,
     "quality.md": quality_page,
+    "evaluation-checked.md": evaluation_page,
     "pictures/rate.svg": rate_picture,
     "pictures/levels.svg": levels_picture,
 }

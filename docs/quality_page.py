@@ -45,7 +45,11 @@ def quality_parts(facts: dict[str, Any]) -> list[str]:
     for row in facts["rows"]:
         held, other = row["held-out"], row["docstrings"]
         name = f"**`{row['preset']}`**" if row["kind"] == "poise" else f"{row['preset']} {row['version']}"
-        share = f"{held['ratio']:.2f} [{held['ratio_low']:.2f}, {held['ratio_high']:.2f}]" if "ratio" in held else ""
+        share = (
+            f"{held['ratio']:.2f} [{held['ratio_low']:.2f}, {held['ratio_high']:.2f}]"
+            if "ratio" in held
+            else ""
+        )
         rows.append(
             f"| {name} | {row['bits']} | {row['stored']:.2f} | {row['seconds']:.0f} "
             f"| {held['kl']:.4f} ± {held['half']:.4f} | {share} | {held['top1']:.3f} | {other['kl']:.4f} ± {other['half']:.4f} |"

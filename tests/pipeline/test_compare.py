@@ -253,3 +253,17 @@ def test_documents_of_json_lines_keep_their_windows_together(llama, tmp_path):
     tokenizer = open_checkpoint(llama).tokenizer()
     cut = read_windows([load_text(path, "evaluation", tokenizer)], tokenizer, PROTOCOLS["windows"], None)
     assert len({window.document for window in cut}) == 2
+
+
+def test_a_new_metric_reads_again_what_was_scored_without_it(llama, ruined, tmp_path, monkeypatch):
+    from poise.metrics.top1 import Top1
+    from poise.pipeline import scoring
+
+    wish = {"windows": 2, "ranges": ONLY, "out": tmp_path / "out"}
+    poise.compare(llama, [ruined], **wish)
+    known = scoring.names
+    monkeypatch.setattr(scoring, "names", lambda kind: [*known(kind), "mine"])
+    found = scoring.get
+    monkeypatch.setattr(scoring, "get", lambda kind, name: Top1 if name == "mine" else found(kind, name))
+    (row,) = poise.compare(llama, [ruined], **wish).rows
+    assert row.value("mine") == row.value("top1")

@@ -32,7 +32,7 @@ from poise.pipeline.samples import (
     Window,
     read_windows,
 )
-from poise.pipeline.scoring import Lazy, floor, score_alone, score_pair
+from poise.pipeline.scoring import Lazy, floor, logit_metrics, score_alone, score_pair
 from poise.pipeline.subjects import (
     default_engine,
     measure,
@@ -163,7 +163,11 @@ class Job:
             reading = self._alone(number, windows, partition)
         else:
             records = score_pair(
-                self.lazy[0], self.lazy[number], windows, self.cache(0, number), self.progress
+                self.lazy[0],
+                self.lazy[number],
+                windows,
+                self.cache(0, number, sorted(logit_metrics())),
+                self.progress,
             )
             reading = Reading(windows=windows, records=records, partition=partition)
         chosen = self._choose(number, [prompt for prompt in prompts if prompt.choices], tasks)
