@@ -63,6 +63,7 @@ def test_a_model_passes_against_itself_and_a_ruined_one_fails(llama, ruined, que
     assert same.verdict == INCONCLUSIVE
     assert same.value("identical") == 1
     assert same.value("flips") == 0
+    assert same.value("relevance") == pytest.approx(relevance(llama), rel=1e-3)
     broken, findings = row(verdict, 1)
     assert findings["perplexity_ratio"].verdict == FAIL
     assert broken.verdict == verdict.verdict == FAIL
@@ -79,6 +80,25 @@ def test_a_model_passes_against_itself_and_a_ruined_one_fails(llama, ruined, que
     assert len(lines) == 2 * (12 + 4 + 3)
     mine = [line["kl"] for line in lines if line["kind"] == "text" and line["candidate"] == broken.side.label]
     assert np.mean(mine[:12]) >= 0
+
+
+def relevance(model):
+    """Once more without the pipeline."""
+    checkpoint = open_checkpoint(model)
+    tokenizer = checkpoint.tokenizer()
+    with Torch() as engine:
+        engine.load(checkpoint)
+        asked = [tokenizer(f"what sat on mat {n}?")["input_ids"] for n in range(3)]
+        gains = []
+        for before in asked:
+            made = engine.generate(before, 8, {tokenizer.eos_token_id}).tokens
+            made = made[:-1] if made[-1] == tokenizer.eos_token_id else made
+            scores = []
+            for start in (before, tokenizer("")["input_ids"][:1] or [tokenizer.eos_token_id]):
+                q = engine.logits([*start, *made]).log_softmax(-1)[len(start) - 1 : -1]
+                scores.append(float(q.gather(1, torch.tensor(made)[:, None]).mean()))
+            gains.append(scores[0] - scores[1])
+    return sum(gains) / len(gains)
 
 
 def test_divergence_is_that_of_both_models_on_the_same_tokens(llama, ruined):

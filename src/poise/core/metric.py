@@ -127,12 +127,14 @@ class Answer:
         tokens: without the end token; empty for what no model wrote.
         ended: whether the model came to an end by itself.
         surprise: mean negative log-likelihood of the tokens under the original, nats; NaN where unknown.
+        unprompted: the same without the prompt before them.
     """
 
     text: str
     tokens: tuple[int, ...] = ()
     ended: bool = True
     surprise: float = float("nan")
+    unprompted: float = float("nan")
 
 
 class AnswerMetric(Metric):
@@ -142,8 +144,8 @@ class AnswerMetric(Metric):
     and pairs like any other.
 
     Attributes:
-        against: what an answer is held against: the data set's ``wanted`` answer, the ``original`` model's answer, or
-            ``nothing``.
+        against: what an answer is held against: the data set's ``wanted`` answer, the ``original`` model's answer, the same
+            model's answer to the ``next`` prompt, or ``nothing``.
         ratio: whether models are compared by the quotient of their scores rather than by the difference.
     """
 

@@ -1,6 +1,7 @@
 """Models answer: the likeliest of given choices, or what they write themselves, greedily."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -69,8 +70,11 @@ def surprised(
             asked = tokenizer(
                 prompt.text, add_special_tokens=not _templated(prompt, tokenizer), verbose=False
             )["input_ids"]
-            cache[key] = _surprise(original, asked, list(answer.tokens))
-        found.append(Answer(text=answer.text, tokens=answer.tokens, ended=answer.ended, surprise=cache[key]))
+            opening = tokenizer("")["input_ids"][:1] or [tokenizer.eos_token_id]
+            made = list(answer.tokens)
+            cache[key] = [_surprise(original, before, made) for before in (asked, opening)]
+        prompted, alone = cache[key]
+        found.append(replace(answer, surprise=prompted, unprompted=alone))
     return found
 
 

@@ -278,7 +278,15 @@ class Job:
             made = write(
                 self.lazy[place], prompts, self.models[place].tokenizer(), ends, limit, cache, self.progress
             )
-            both.append(surprised(self.lazy[0], prompts, made, self.tokenizer, self.cache(0, "surprise")))
+            both.append(
+                surprised(
+                    self.lazy[0],
+                    prompts,
+                    made,
+                    self.tokenizer,
+                    self.cache(0, "surprise with and without the prompt"),
+                )
+            )
         partition = Partition([prompt.document for prompt in prompts], self.seed)
         return Written(prompts=prompts, original=both[0], candidate=both[1], partition=partition)
 

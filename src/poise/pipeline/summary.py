@@ -115,14 +115,16 @@ class Written:
         """Rows of a metric for one model, [prompts, columns]."""
         answers: list[Answer] = getattr(self, of)
         rows = []
-        for prompt, answer, first in zip(self.prompts, answers, self.original, strict=True):
+        following = [*answers[1:], *answers[:1]]
+        for prompt, answer, first, after in zip(self.prompts, answers, self.original, following, strict=True):
             if metric.against == "wanted":
                 missing = prompt.wanted is None
                 other = answer if missing else Answer(text=str(prompt.wanted))
                 row = metric.columns(answer, other)
                 rows.append([math.nan] * len(row) if missing else row)
             else:
-                rows.append(metric.columns(answer, first if metric.against == "original" else answer))
+                others = {"original": first, "next": after, "nothing": answer}
+                rows.append(metric.columns(answer, others[metric.against]))
         return np.array(rows, dtype=np.float64)
 
     def applies(self, metric: AnswerMetric) -> bool:
