@@ -112,7 +112,7 @@ def test_a_ratio_of_speeds_is_judged_on_its_logarithm():
     first = generator.lognormal(0, 0.3, 300)
     pair = np.column_stack([first, first * 1.1 * generator.lognormal(0, 0.05, 300)])
     estimate = Partition([str(i) for i in range(300)]).estimate(pair, log_mean_ratio)
-    question = Question(estimate=estimate, allowed=Range(at_most=1.05), link=np.log, back=np.exp)
+    question = Question(estimate=estimate, allowed=Range(at_most=1.05), ratio=True)
     (finding,) = judge({"latency": question})
     assert finding.verdict == FAIL
     assert finding.low < 1.1 < finding.high or finding.value == pytest.approx(1.1, rel=0.02)
@@ -175,3 +175,20 @@ def test_draws_and_so_errors_are_the_same_every_time_and_for_every_metric():
     order = np.random.default_rng(9).permutation(40)
     shuffled = Partition([names[i] for i in order], seed=3).estimate(samples[order], mean)
     assert shuffled.error == pytest.approx(a.error, rel=1e-12)
+
+
+def test_a_wild_ratio_has_an_interval_without_end_and_no_crash():
+    rows = np.column_stack([np.ones(2), np.array([1.0, 1e300])])
+    estimate = Partition(["a", "b"]).estimate(np.log(rows[:, 1]), mean)
+    (finding,) = judge({"x": Question(estimate=estimate, allowed=Range(at_most=1.02), ratio=True)})
+    assert finding.high == np.inf
+    assert finding.verdict == "inconclusive"
+
+
+def test_one_document_has_no_interval_whatever_the_limits():
+    estimate = Partition(["a", "a"]).estimate(np.array([0.2, 0.4]), mean)
+    low, high = estimate.interval(0.95, 0.0, 1.0)
+    assert np.isnan(low)
+    assert np.isnan(high)
+    (finding,) = judge({"x": Question(estimate=estimate, allowed=Range(at_most=1.0))})
+    assert "one document" in finding.reason

@@ -343,8 +343,7 @@ def _latency(original: Side, candidate: Side, allowed: Range) -> Question | None
     return Question(
         estimate=estimate,
         allowed=allowed,
-        link=math.log,
-        back=math.exp,
+        ratio=True,
         unit="rounds",
     )
 

@@ -125,7 +125,7 @@ def judged_scores(
     found = []
     for name, samples, combine, words in figures:
         estimate = partition.estimate(samples, combine)
-        low, high = (max(0.0, min(1.0, end)) for end in estimate.interval(0.95))
+        low, high = estimate.interval(0.95, 0.0, 1.0)
         found.append(
             Score(
                 name=name,

@@ -163,7 +163,7 @@ def _score(
     name: str, metric: type[Metric] | Metric, estimate: Estimate, back: Callable[[float], float] = float
 ) -> Score:
     least, most = LIMITS.get(metric.unit, (-math.inf, math.inf))
-    low, high = (max(least, min(most, back(end))) for end in estimate.interval(0.95))
+    low, high = map(back, estimate.interval(0.95, least, most))
     value = math.nan if estimate.n == 0 else back(estimate.value)
     return Score(
         name=_key(name),
@@ -273,23 +273,21 @@ def questions(
     for name, metric in logit_metrics().items():
         if reading.records and name not in OWN and (key := _key(name)) in allowed:
             estimate = reading.partition.estimate(reading.column(name), _ratio)
-            found[key] = _asked(estimate, allowed[key], metric.unit == "ratio", "windows")
+            found[key] = Question(
+                estimate=estimate, allowed=allowed[key], ratio=metric.unit == "ratio", unit="windows"
+            )
     for item in chosen:
         limits = allowed.get(f"{item.name}_change", allowed["accuracy_change"])
         change = np.array(item.candidate) - np.array(item.original)
         estimate = item.partition.estimate(change, mean, share=True)
-        found[f"{item.name}_change"] = _asked(estimate, limits, False, "questions")
+        found[f"{item.name}_change"] = Question(estimate=estimate, allowed=limits, unit="questions")
     for name, answers in answer_metrics().items():
         key = _key(name) + ("" if answers.against == "original" else "_ratio" if answers.ratio else "_change")
         if written.applies(answers) and key in allowed:
-            found[key] = _asked(_change(written, answers), allowed[key], answers.ratio, "prompts")
+            found[key] = Question(
+                estimate=_change(written, answers), allowed=allowed[key], ratio=answers.ratio, unit="prompts"
+            )
     return found
-
-
-def _asked(estimate: Estimate, allowed: Range, ratio: bool, unit: str) -> Question:
-    if ratio:
-        return Question(estimate=estimate, allowed=allowed, link=math.log, back=math.exp, unit=unit)
-    return Question(estimate=estimate, allowed=allowed, unit=unit)
 
 
 def _change(written: Written, metric: AnswerMetric) -> Estimate:

@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass
 
+import numpy as np
+
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
@@ -24,13 +26,14 @@ class Estimate:
     def freedom(self) -> int:
         return max(1, self.documents - 1)
 
-    def interval(self, level: float) -> tuple[float, float]:
-        """Two-sided, by Student's t with as many degrees of freedom as there are documents, less one: percentiles of
+    def interval(self, level: float, least: float = -math.inf, most: float = math.inf) -> tuple[float, float]:
+        """Two-sided, cut off where values end, by Student's t with as many degrees of freedom as there are documents, less one: percentiles of
         draws are too narrow for a few documents."""
         from scipy.stats import t
 
         half = float(t.ppf(0.5 + level / 2, self.freedom)) * self.error
-        return self.value - half, self.value + half
+        low, high = np.clip([self.value - half, self.value + half], least, most).tolist()
+        return low, high
 
     def above(self, limit: float) -> float:
         """p-value of: the true figure is at most ``limit``."""

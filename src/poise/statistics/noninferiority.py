@@ -8,7 +8,7 @@ corrected by Holm 1979 over the figures of the candidate.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from poise.core.verdict import FAIL, INCONCLUSIVE, NOT_MEASURED, PASS, Finding, Range
@@ -16,6 +16,8 @@ from poise.statistics.estimate import Estimate
 
 ALPHA = 0.05
 POWER = 0.8
+LARGEST = 700.0
+"""Logarithm of a ratio that a float still holds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,16 +25,24 @@ class Question:
     """A figure and its range.
 
     Attributes:
-        estimate: on the scale of ``link``.
-        link, back: from the figure to the scale and back; increasing.
+        estimate: of the figure, or of its logarithm if that is a ``ratio``.
         unit: what more samples are called.
     """
 
     estimate: Estimate
     allowed: Range
-    link: Callable[[float], float] = float
-    back: Callable[[float], float] = float
+    ratio: bool = False
     unit: str = "samples"
+
+    def link(self, figure: float) -> float:
+        """To the scale of the estimate."""
+        return math.log(figure) if self.ratio else figure
+
+    def back(self, value: float) -> float:
+        """From the scale of the estimate; infinite where a ratio is too large to write down."""
+        if not self.ratio:
+            return value
+        return math.inf if value > LARGEST else math.exp(value)
 
 
 def judge(questions: Mapping[str, Question]) -> tuple[Finding, ...]:
