@@ -287,3 +287,12 @@ def test_a_new_metric_reads_again_what_was_scored_without_it(llama, ruined, tmp_
     monkeypatch.setattr(scoring, "get", lambda kind, name: Top1 if name == "mine" else found(kind, name))
     (row,) = poise.compare(llama, [ruined], **wish).rows
     assert row.value("mine") == row.value("top1")
+
+
+def test_a_figure_that_was_asked_for_and_is_not_there_is_not_passed(llama):
+    wishes = {"kl": Range(at_most=0.05), "bleu_change": Range(at_least=-1)}
+    (found,) = poise.compare(llama, [llama], windows=12, ranges=wishes).rows
+    verdicts = {finding.name: finding.verdict for finding in found.findings}
+    assert verdicts == {"kl": PASS, "perplexity_ratio": PASS, "bleu_change": INCONCLUSIVE}
+    assert found.verdict == INCONCLUSIVE
+    assert found.reason == "bleu change was asked for and not measured"

@@ -20,7 +20,7 @@ from poise.core.errors import CheckpointError, UsageError
 from poise.core.judge import Judge
 from poise.core.metric import Answer, Score
 from poise.core.run import versions
-from poise.core.verdict import Answered, Part, Range, Row
+from poise.core.verdict import INCONCLUSIVE, Answered, Finding, Part, Range, Row
 from poise.pipeline.answering import choose, end_tokens, surprised, write
 from poise.pipeline.cache import Cache
 from poise.pipeline.harness import run_tasks
@@ -92,6 +92,7 @@ class Job:
         self.lazy = [Lazy(partial(started, e, m)) for e, m in zip(self.engines, self.models, strict=True)]
         self._original_scores: tuple[Score, ...] = ()
         self.judge: Judge | None = None
+        self.wished: set[str] = set()
         self._controls: tuple[Judged, Judged] | None = None
 
     def read(self, texts: list[Text], protocol: Protocol, limit: int | None, force: bool) -> list[Window]:
@@ -190,7 +191,7 @@ class Job:
         row = Row(
             side=side,
             scores=(*fidelity_scores(reading, chosen, written, noise), *judged),
-            findings=judge(asked),
+            findings=(*judge(asked), *_missing(self.wished - asked.keys(), allowed)),
             parts={**parts(reading), **_layers(self.sources[number])},
             answers=tuple(_shown(written)),
             notes=tuple(notes),
@@ -346,6 +347,22 @@ def _latency(original: Side, candidate: Side, allowed: Range) -> Question | None
         ratio=True,
         unit="rounds",
     )
+
+
+def _missing(names: set[str], allowed: dict[str, Range]) -> list[Finding]:
+    """What was asked for and is not there: a candidate has not passed it."""
+    return [
+        Finding(
+            name=name,
+            value=math.nan,
+            low=math.nan,
+            high=math.nan,
+            allowed=allowed[name],
+            verdict=INCONCLUSIVE,
+            reason=f"{name.replace('_', ' ')} was asked for and not measured",
+        )
+        for name in sorted(names)
+    ]
 
 
 def _layers(source: str | Path) -> dict[str, tuple[Part, ...]]:

@@ -77,7 +77,7 @@ def compare(
         tasks: of lm-evaluation-harness.
         protocol: a key of ``PROTOCOLS``; ``windows`` limits their number for each text.
         answer_tokens: longest answer.
-        ranges: by figure, added to ``DEFAULT_RANGES`` or instead of them; any figure of a report can have one.
+        ranges: by figure, added to ``DEFAULT_RANGES`` or instead of them. One that is not measured is not passed.
         engines: one spec a candidate, or none for the defaults.
         judge: a model for a judge, or the address of an endpoint (``http://.../v1``) that has ``judge_model``.
         efficiency: whether to measure memory and latency, all models taking turns.
@@ -106,7 +106,7 @@ def compare(
     reading = job.read(load_texts(texts, job.tokenizer), PROTOCOLS[protocol], windows, force)
     asked = [prompt for path in prompts for prompt in read_prompts(Path(path), job.tokenizer)]
     sides = job.sides(efficiency)
-    job.judge = _judge(judge, judge_model)
+    job.judge, job.wished = _judge(judge, judge_model), set(ranges or {})
     allowed = {**DEFAULT_RANGES, **(ranges or {})}
     rows = [
         job.row(number, reading, asked, tasks, answer_tokens, sides, allowed)
