@@ -120,7 +120,7 @@ def print_sides(console: Console, sides: list[Side]) -> None:
         cells = []
         for side in sides:
             value = side.value(score.name)
-            times = f"  ({ratio(value, score.value):.2f}x)" if side is not sides[0] else ""
+            times = f"  ({ratio(value, score.value):.2f}x)" if side is not sides[0] and value == value else ""
             cells.append(human(value, score.unit) + times)
         table.add_row(score.name.replace("_", " "), *cells)
     console.print(table)

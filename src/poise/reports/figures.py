@@ -11,6 +11,8 @@ def human(value: float, unit: str = "") -> str:
     """A figure with its unit."""
     if math.isnan(value):
         return "not measured"
+    if unit == "bytes" and value < 1e5:
+        return f"{value / 1e3:.1f} kB"
     if unit == "bytes":
         return f"{value / 1e6:.1f} MB"
     if unit == "seconds":
