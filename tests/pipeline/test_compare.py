@@ -79,7 +79,7 @@ def test_a_model_passes_against_itself_and_a_ruined_one_fails(llama, ruined, que
     lines = [json.loads(line) for line in (tmp_path / "out" / "scores.jsonl").read_text().splitlines()]
     assert len(lines) == 2 * (12 + 4 + 3)
     mine = [line["kl"] for line in lines if line["kind"] == "text" and line["candidate"] == broken.side.label]
-    assert np.mean(mine[:12]) >= 0
+    assert np.mean(mine) == pytest.approx(broken.value("kl"))
 
 
 def relevance(model):
@@ -161,15 +161,16 @@ def test_what_is_known_loads_no_model(llama, ruined, questions, tmp_path, monkey
     assert again == first or repr(again) == repr(first)
 
 
-def test_other_tokenizers_leave_bits_per_byte_alone(llama, tmp_path):
+def test_other_tokenizers_leave_bits_per_byte_alone(llama, questions, tmp_path):
     other = build_model(tmp_path / "other", "llama", "bfloat16", vocab_size=400)
-    verdict = poise.compare(llama, [other], windows=4)
+    verdict = poise.compare(llama, [other], windows=4, prompts=[questions], answer_tokens=6)
     (found,) = verdict.rows
     assert "only bits per byte" in found.notes[0]
     assert math.isnan(found.value("kl"))
     assert found.value("bits_per_byte") > 0
     assert verdict.original.scores[0].name == "bits_per_byte"
-    assert found.verdict == INCONCLUSIVE
+    assert found.verdict != PASS
+    assert math.isfinite(found.value("surprise"))  # answers are read in the original's tokens
 
 
 def test_a_text_that_the_candidate_was_calibrated_on_is_refused_unless_forced(llama, tmp_path):
@@ -291,8 +292,10 @@ def test_a_new_metric_reads_again_what_was_scored_without_it(llama, ruined, tmp_
 
 def test_a_figure_that_was_asked_for_and_is_not_there_is_not_passed(llama):
     wishes = {"kl": Range(at_most=0.05), "bleu_change": Range(at_least=-1)}
-    (found,) = poise.compare(llama, [llama], windows=12, ranges=wishes).rows
+    verdict = poise.compare(llama, [llama], windows=12, ranges=wishes)
+    (found,) = verdict.rows
     verdicts = {finding.name: finding.verdict for finding in found.findings}
+    assert "--gate 'kl<=0.05'" in verdict.facts["command"]
     assert verdicts == {"kl": PASS, "perplexity_ratio": PASS, "bleu_change": INCONCLUSIVE}
     assert found.verdict == INCONCLUSIVE
     assert found.reason == "bleu change was asked for and not measured"

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -88,8 +88,10 @@ class Job:
         self.models: list[Checkpoint] = [open_checkpoint(model_path(source)) for source in sources]
         self.engines = [e or default_engine(m) for e, m in zip(engines, self.models, strict=True)]
         self.tokenizer = self.models[0].tokenizer()
+        self.tokenizers = [_tokenizer(model, self.tokenizer) for model in self.models]
         self.folder, self.seed, self.progress = folder, seed, progress
         self.lazy = [Lazy(partial(started, e, m)) for e, m in zip(self.engines, self.models, strict=True)]
+        self._caches: dict[str, Cache] = {}
         self._original_scores: tuple[Score, ...] = ()
         self.judge: Judge | None = None
         self.wished: set[str] = set()
@@ -122,7 +124,10 @@ class Job:
             (self.models[fact].fingerprint(), self.engines[fact]) if isinstance(fact, int) else fact
             for fact in facts
         ]
-        return Cache(self.folder, {"facts": models, "versions": versions()})
+        key = json.dumps(models)
+        if key not in self._caches:  # without a folder this is all that later candidates know of the original
+            self._caches[key] = Cache(self.folder, {"facts": models, "versions": versions()})
+        return self._caches[key]
 
     def sides(self, efficiency: bool) -> list[Side]:
         """Size, and cost if it is wanted."""
@@ -134,14 +139,10 @@ class Job:
         sizes = [_vocabulary(self.models[place]) for place in (0, number)]
         if all(sizes) and sizes[0] != sizes[1]:
             return f"vocabularies of {sizes[0]} and {sizes[1]} tokens: only bits per byte can be compared"
-        try:
-            tokenizer = self.models[number].tokenizer()
-        except CheckpointError:
-            return ""  # a model without a tokenizer is given the original's tokens
         for window in windows[:4]:
             ids = [
                 each(window.text, add_special_tokens=False, verbose=False)["input_ids"]
-                for each in (tokenizer, self.tokenizer)
+                for each in (self.tokenizers[number], self.tokenizer)
             ]
             if ids[0] != ids[1]:
                 return "the tokenizers cut the text differently: only bits per byte can be compared"
@@ -172,7 +173,7 @@ class Job:
             )
             reading = Reading(windows=windows, records=records, partition=partition)
         chosen = self._choose(number, [prompt for prompt in prompts if prompt.choices], tasks)
-        written = self._write(number, [prompt for prompt in prompts if not prompt.choices], limit)
+        written = self._write(number, [prompt for prompt in prompts if not prompt.choices], limit, not reason)
         noise = self._floor(windows)
         self.lazy[number].close()
         asked = questions(reading, chosen, written, allowed)
@@ -207,7 +208,7 @@ class Job:
         return Side(**{**side.__dict__, "scores": (*self._original_scores, *side.scores)})
 
     def _alone(self, number: int, windows: list[Window], partition: Partition) -> Reading:
-        tokenizer = self.models[number].tokenizer()
+        tokenizer = self.tokenizers[number]
         opening = tokenizer("")["input_ids"][:1]
         cut = []
         for window in windows:
@@ -225,7 +226,13 @@ class Job:
         found = []
         if prompts:
             both = [
-                choose(self.lazy[place], prompts, self.tokenizer, self.cache(place, "choices"), self.progress)
+                choose(
+                    self.lazy[place],
+                    prompts,
+                    self.tokenizers[place],
+                    self.cache(place, "choices"),
+                    self.progress,
+                )
                 for place in (0, number)
             ]
             found.append(
@@ -244,7 +251,7 @@ class Job:
         both = [
             run_tasks(
                 self.lazy[place],
-                self.models[place].tokenizer(),
+                self.tokenizers[place],
                 tasks.names,
                 limit=tasks.limit,
                 folder=tasks.folder,
@@ -269,16 +276,17 @@ class Job:
             )
         return found
 
-    def _write(self, number: int, prompts: list[Prompt], limit: int) -> Written:
+    def _write(self, number: int, prompts: list[Prompt], limit: int, same: bool) -> Written:
         if not prompts:
             return Written()
         both: list[list[Answer]] = []
         for place in (0, number):
-            ends = end_tokens(self.models[place].config, self.models[place].tokenizer())
+            tokenizer = self.tokenizers[place]
+            ends = end_tokens(self.models[place].config, tokenizer)
             cache = self.cache(place, f"answers of {limit}")
-            made = write(
-                self.lazy[place], prompts, self.models[place].tokenizer(), ends, limit, cache, self.progress
-            )
+            made = write(self.lazy[place], prompts, tokenizer, ends, limit, cache, self.progress)
+            if place and not same:
+                made = [_in_tokens_of(self.tokenizer, answer) for answer in made]
             both.append(
                 surprised(
                     self.lazy[0],
@@ -324,6 +332,20 @@ class Job:
         if key not in cache:
             cache[key] = floor(self.lazy[0], windows[:FLOOR_WINDOWS])
         return float(cache[key])
+
+
+def _tokenizer(model: Checkpoint, original: Any) -> Any:
+    """A model without a tokenizer is given the original's."""
+    try:
+        return model.tokenizer()
+    except CheckpointError:
+        return original
+
+
+def _in_tokens_of(tokenizer: Any, answer: Answer) -> Answer:
+    """The same text in the tokens that answers are compared in: those of another tokenizer mean something else."""
+    tokens = tokenizer(answer.text, add_special_tokens=False, verbose=False)["input_ids"]
+    return replace(answer, tokens=tuple(tokens))
 
 
 def _vocabulary(model: Checkpoint) -> int:

@@ -112,7 +112,9 @@ def compare(
         job.row(number, reading, asked, tasks, answer_tokens, sides, allowed)
         for number in range(1, len(sides))
     ]
-    command = _command(original, candidates, texts, prompts, tasks, protocol, windows, answer_tokens, seed)
+    command = _command(
+        original, candidates, texts, prompts, tasks, protocol, windows, answer_tokens, seed, ranges or {}
+    )
     verdict = Verdict(
         original=job.original_side(sides[0]),
         rows=tuple(row for row, _ in rows),
@@ -179,6 +181,7 @@ def _command(
     windows: int | None,
     answer_tokens: int,
     seed: int,
+    ranges: Mapping[str, Range],
 ) -> str:
     """The command line that gives the same figures again."""
     line = ["poise", "compare", label(original), *map(label, candidates)]
@@ -192,4 +195,7 @@ def _command(
     line += ["--windows", str(windows)] if windows else []
     line += ["--answer-tokens", str(answer_tokens)] if answer_tokens != 128 else []
     line += ["--seed", str(seed)] if seed else []
+    for name, wish in ranges.items():
+        for sign, end in ((">=", wish.at_least), ("<=", wish.at_most)):
+            line += ["--gate", f"{name}{sign}{end:g}"] if end is not None else []
     return shlex.join(line)

@@ -136,7 +136,7 @@ def _runner() -> Any:
                 text, wish = request.args
                 ends = wish.get("until") or []
                 ends = [ends] if isinstance(ends, str) else ends
-                most = int(wish.get("max_gen_toks") or LONGEST)
+                most = min(int(wish.get("max_gen_toks") or LONGEST), self._context - 1)
                 asked = self.tok_encode(text)[-(self._context - most) :]
                 key = _key("text", asked, most)
                 if key not in self._cache:

@@ -213,7 +213,7 @@ def own_scores(reading: Reading, chosen: Sequence[Chosen], written: Written, of:
 
 
 def _share(name: str, protocol: str, estimate: Estimate) -> Score:
-    low, high = estimate.interval(0.95)
+    low, high = estimate.interval(0.95, 0.0, 1.0)
     return Score(
         name=name, value=estimate.value, low=low, high=high, unit="share", protocol=protocol, n=estimate.n
     )
