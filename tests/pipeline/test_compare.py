@@ -299,3 +299,12 @@ def test_a_figure_that_was_asked_for_and_is_not_there_is_not_passed(llama):
     assert verdicts == {"kl": PASS, "perplexity_ratio": PASS, "bleu_change": INCONCLUSIVE}
     assert found.verdict == INCONCLUSIVE
     assert found.reason == "bleu change was asked for and not measured"
+
+
+def test_prompts_without_a_wanted_answer_are_no_part_of_what_needs_one(llama, tmp_path):
+    path = tmp_path / "q.jsonl"
+    lines = [{"question": f"what {n}?"} | ({"answer": "the cat"} if n % 2 else {}) for n in range(4)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (found,) = poise.compare(llama, [llama], windows=2, prompts=[path], answer_tokens=4).rows
+    bleu = next(finding for finding in found.findings if finding.name == "bleu_change")
+    assert (bleu.n, bleu.verdict) == (2, PASS)

@@ -118,14 +118,23 @@ class Written:
         following = [*answers[1:], *answers[:1]]
         for prompt, answer, first, after in zip(self.prompts, answers, self.original, following, strict=True):
             if metric.against == "wanted":
-                missing = prompt.wanted is None
-                other = answer if missing else Answer(text=str(prompt.wanted))
-                row = metric.columns(answer, other)
-                rows.append([math.nan] * len(row) if missing else row)
+                rows.append(metric.columns(answer, Answer(text=str(prompt.wanted))))
             else:
                 others = {"original": first, "next": after, "nothing": answer}
                 rows.append(metric.columns(answer, others[metric.against]))
         return np.array(rows, dtype=np.float64)
+
+    def asked_by(self, metric: AnswerMetric) -> "Written":
+        """The prompts that a metric is about: without a wanted answer there is nothing to be wrong about."""
+        if metric.against != "wanted":
+            return self
+        mine = [number for number, prompt in enumerate(self.prompts) if prompt.wanted is not None]
+        return Written(
+            prompts=[self.prompts[number] for number in mine],
+            original=[self.original[number] for number in mine],
+            candidate=[self.candidate[number] for number in mine],
+            partition=self.partition.subset(mine),
+        )
 
     def applies(self, metric: AnswerMetric) -> bool:
         """Whether there is anything to hold answers against."""
@@ -186,6 +195,7 @@ def _of_text(reading: Reading, name: str, of: str = "sums") -> Score:
 
 
 def _of_answers(written: Written, name: str, metric: AnswerMetric, of: str) -> Score:
+    written = written.asked_by(metric)
     estimate = written.partition.estimate(written.columns(metric, of), lambda sums: _combined(metric, sums))
     return _score(name, metric, estimate)
 
@@ -293,6 +303,7 @@ def questions(
 def _change(written: Written, metric: AnswerMetric) -> Estimate:
     """The candidate's score less the original's, or the logarithm of their ratio; against the original's answers, the score
     itself."""
+    written = written.asked_by(metric)
     candidate = written.columns(metric, "candidate")
     width = candidate.shape[1]
     if metric.against == "original":
@@ -325,7 +336,7 @@ def parts(reading: Reading) -> dict[str, tuple[Part, ...]]:
     columns = reading.column("kl")
     for domain in dict.fromkeys(window.domain for window in reading.windows):
         mine = [number for number, window in enumerate(reading.windows) if window.domain == domain]
-        partition = Partition([reading.windows[number].document for number in mine])
+        partition = reading.partition.subset(mine)
         estimate = partition.estimate(columns[mine], _ratio)
         low, high = estimate.interval(0.95)
         domains.append(Part(name=domain, value=estimate.value, low=low, high=high, n=len(mine)))
