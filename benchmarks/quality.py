@@ -4,7 +4,7 @@
 
 FILE is a development text such as the validation split of WikiText-2. Its first half calibrates, on its second half the
 models are judged, and on a second domain that nothing was calibrated on: docstrings of torch and numpy. What is measured
-stands in ``judging``. All start from one folder of float32 weights; peers get the first tokens of the text that Poise
+stands in ``judging``. All start from one folder of float16 weights, so that all store 16-bit scales; peers get the first tokens of the text that Poise
 gets, run in environments of their own (``benchmarks/peers/install.sh``) and hand back de-quantized weights.
 
 Rows that were measured before on the same text are kept in build/quality/results.jsonl; ``--again`` measures them anew.
@@ -35,6 +35,7 @@ from poise.core.run import versions
 HERE = Path(__file__).resolve().parent
 WORK = Path("build/quality")
 OUT = HERE.parent / "docs" / "quality.json"
+DTYPE = "float16"
 BARS = {("balanced", 4): 0.065, ("balanced", 3): 0.25, ("balanced", 2): 0.90} | {
     ("best", 4): 0.045,
     ("best", 3): 0.15,
@@ -72,7 +73,7 @@ class Material:
     """What every row starts from.
 
     Attributes:
-        model: folder of the original, float32.
+        model: folder of the original, float16.
         text: file of the calibrating half, for Poise.
         tokens: file of its first tokens, for peers.
         key: hash of text and tokens; rows with another one are not reused.
@@ -91,17 +92,17 @@ def prepare(text: str, tokens: int, seed: int) -> Material:
     WORK.mkdir(parents=True, exist_ok=True)
     original = open_checkpoint(default_model())
     windows = Text(name="calibration", content=text).windows(original.tokenizer(), LENGTH, tokens // LENGTH)
-    key = hashlib.sha256(f"{original.fingerprint()} {windows} {text}".encode()).hexdigest()[:16]
-    file, ids, model = WORK / "calibration.txt", WORK / f"tokens-{key}.safetensors", WORK / "model"
+    key = hashlib.sha256(f"{original.fingerprint()} {DTYPE} {windows} {text}".encode()).hexdigest()[:16]
+    file, ids, model = WORK / "calibration.txt", WORK / f"tokens-{key}.safetensors", WORK / f"model-{DTYPE}"
     file.write_text(text, encoding="utf-8")
     save_file({"calibration": torch.tensor(windows)}, ids)
     if not (model / "config.json").exists():
         model.mkdir(exist_ok=True)
-        weights = {name: original.read(name).float().contiguous() for name in original.tensors()}
+        weights = {name: original.read(name).to(getattr(torch, DTYPE)).contiguous() for name in original.tensors()}
         save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
         for name, content in original.sidecars().items():
             (model / name).write_bytes(content)
-        config = json.dumps(original.config | {"dtype": "float32"}, indent=1)
+        config = json.dumps(original.config | {"dtype": DTYPE}, indent=1)
         (model / "config.json").write_text(config + "\n", encoding="utf-8")
     return Material(model=model, text=file, tokens=ids, key=key, seed=seed)
 
