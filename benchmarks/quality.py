@@ -98,7 +98,9 @@ def prepare(text: str, tokens: int, seed: int) -> Material:
     save_file({"calibration": torch.tensor(windows)}, ids)
     if not (model / "config.json").exists():
         model.mkdir(exist_ok=True)
-        weights = {name: original.read(name).to(getattr(torch, DTYPE)).contiguous() for name in original.tensors()}
+        weights = {
+            name: original.read(name).to(getattr(torch, DTYPE)).contiguous() for name in original.tensors()
+        }
         save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
         for name, content in original.sidecars().items():
             (model / name).write_bytes(content)

@@ -148,6 +148,15 @@ def expected(model, tokens):
     return model(torch.tensor([tokens])).logits[0]
 
 
+def test_several_texts_at_once_go_on_as_each_alone(engine):
+    """Prompts longer than one pass, and as many at once as the benchmark takes; the engine reads on as before afterwards."""
+    prompts = [some_tokens(BATCH + 30, seed) for seed in range(16)]
+    alone = [engine.generate(tokens, 5).tokens for tokens in prompts]
+    assert engine.generate_many(prompts, 5) == alone
+    assert len({tuple(tokens) for tokens in alone}) > 4
+    assert engine.generate(prompts[3], 5).tokens == alone[3]
+
+
 def test_float32_weights_give_the_scores_of_transformers(float32_attention, model, engine):
     tokens = some_tokens(BATCH + 100)
     scores = engine.logits(tokens)

@@ -53,6 +53,14 @@ def test_generation_is_the_chain_of_most_likely_tokens(model_factory, name):
     assert made.seconds[0] > 0
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt2", "opt"])
+def test_several_texts_at_once_go_on_as_each_alone(model_factory, name):
+    prompts = [TOKENS, TOKENS[::-1], [7] * len(TOKENS)]
+    with loaded(open_checkpoint(model_factory(name))) as engine:
+        alone = [engine.generate(tokens, 6).tokens for tokens in prompts]
+        assert engine.generate_many(prompts, 6) == alone
+
+
 def test_an_end_token_does_not_stop_it(model_factory, copy_of):
     from safetensors.torch import load_file, save_file
 

@@ -3,8 +3,6 @@
 import importlib
 import json
 import math
-import threading
-import time
 
 import numpy as np
 import pytest
@@ -12,10 +10,11 @@ import pytest
 import poise
 from poise.checkpoints import open_checkpoint
 from poise.checkpoints.rounded import Rounded
-from poise.core.errors import EngineError, UsageError
+from poise.core.errors import EngineError
 from poise.core.judge import Judge, preference
 from poise.core.metric import Answer
 from poise.core.verdict import Range
+from poise.endpoints.client import Client
 from poise.engines.torch import Torch
 from poise.judges.endpoint import Endpoint
 from poise.judges.local import Local
@@ -24,6 +23,7 @@ from poise.pipeline.judging import at_equal_length, controls, judge_answers, jud
 from poise.pipeline.progress import silent
 from poise.pipeline.samples import Prompt
 from poise.statistics.partition import Partition
+from serving import serving
 
 module = importlib.import_module("poise.pipeline.compare")  # the package has a function of this name
 PROMPTS = [Prompt(document=str(n), domain="d", text=f"q{n}", asked=f"q{n}", wanted=None) for n in range(20)]
@@ -120,8 +120,6 @@ def test_labels_without_weight_are_no_answer():
 @pytest.fixture
 def endpoint():
     """A server that answers what the test puts into it."""
-    import uvicorn
-    from starlette.applications import Starlette
     from starlette.responses import Response
     from starlette.routing import Route
 
@@ -132,16 +130,8 @@ def endpoint():
         status, content = replies.pop(0) if len(replies) > 1 else replies[0]
         return Response(content if isinstance(content, str) else json.dumps(content), status_code=status)
 
-    app = Starlette(routes=[Route("/v1/chat/completions", answer, methods=["POST"])])
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.02)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    yield f"http://127.0.0.1:{port}/v1", replies, seen
-    server.should_exit = True
-    thread.join()
+    with serving([Route("/v1/chat/completions", answer, methods=["POST"])]) as address:
+        yield f"{address}/v1", replies, seen
 
 
 def likely(**chances):
@@ -152,7 +142,7 @@ def likely(**chances):
 def test_an_endpoint_is_read_by_its_probabilities(endpoint):
     url, replies, seen = endpoint
     replies.append((200, likely(**{"A": 0.5, " A": 0.1, "B": 0.2, "The": 0.1})))
-    assert Endpoint(url, "m", "secret").prefers_first("q", "x", "y") == pytest.approx(0.75)
+    assert Endpoint(Client(url, "m", "secret")).prefers_first("q", "x", "y") == pytest.approx(0.75)
     body, key = seen[0]
     assert (body["model"], body["max_tokens"], body["temperature"], key) == ("m", 1, 0, "Bearer secret")
     assert body["messages"][0]["content"].index("x") < body["messages"][0]["content"].index("y")
@@ -162,14 +152,14 @@ def test_an_endpoint_is_read_by_its_probabilities(endpoint):
 def test_without_probabilities_a_letter_counts_and_nonsense_does_not(endpoint, said, expected):
     url, replies, _ = endpoint
     replies.append((200, {"choices": [{"message": {"content": said}}]}))
-    found = Endpoint(url, "m").prefers_first("q", "x", "y")
+    found = Endpoint(Client(url, "m")).prefers_first("q", "x", "y")
     assert math.isnan(found) if expected is None else found == expected
 
 
 def test_an_endpoint_that_is_busy_is_asked_again(endpoint):
     url, replies, seen = endpoint
     replies += [(503, ""), (429, ""), (200, likely(A=0.9, B=0.1))]
-    assert Endpoint(url, "m", wait=0.01).prefers_first("q", "x", "y") == pytest.approx(0.9)
+    assert Endpoint(Client(url, "m", wait=0.01)).prefers_first("q", "x", "y") == pytest.approx(0.9)
     assert len(seen) == 3
 
 
@@ -178,19 +168,19 @@ def test_an_endpoint_that_does_not_work_is_an_error(endpoint, reply):
     url, replies, _ = endpoint
     replies.append(reply)
     with pytest.raises(EngineError, match="m at http"):
-        Endpoint(url, "m", wait=0.01).prefers_first("q", "x", "y")
+        Endpoint(Client(url, "m", wait=0.01)).prefers_first("q", "x", "y")
 
 
 def test_nobody_there():
     with pytest.raises(EngineError, match="after 4 tries"):
-        Endpoint("http://127.0.0.1:9/v1", "m", wait=0.01).prefers_first("q", "x", "y")
+        Endpoint(Client("http://127.0.0.1:9/v1", "m", wait=0.01)).prefers_first("q", "x", "y")
 
 
 def test_a_local_judge_reads_both_labels(llama):
     checkpoint = open_checkpoint(llama)
     with Torch() as engine:
         engine.load(checkpoint)
-        judge = Local("tiny", engine, checkpoint.tokenizer())
+        judge = Local("tiny", lambda: engine, checkpoint.tokenizer())
         engine.logits = lambda tokens: scores(checkpoint.tokenizer(), len(tokens))
         assert judge.prefers_first("a", "b", "c") == pytest.approx(0.75, abs=1e-3)
 
@@ -239,8 +229,3 @@ def test_a_comparison_hears_a_judge_that_passes_and_no_other(llama, questions, m
     assert math.isnan(row.value("judged_win_rate"))
     assert "no judged verdict" in row.notes[0]
     assert not any(finding.name == "judged_win_rate" for finding in row.findings)
-
-
-def test_an_endpoint_needs_a_model(llama):
-    with pytest.raises(UsageError, match="--judge-model"):
-        poise.compare(llama, [llama], windows=2, judge="http://127.0.0.1:9/v1")

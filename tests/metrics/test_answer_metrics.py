@@ -89,7 +89,7 @@ def test_rouge_has_no_number_for_letters_that_it_does_not_read():
         ("broken-tags", words("yes<|im_end|>"), words(""), 1.0),
         ("broken-tags", words("1 < 2 and 3 > 2"), words(""), 0.0),
         ("surprise", Answer(text="a", surprise=1.5), words(""), 1.5),
-        ("relevance", Answer(text="a", surprise=1.5, unprompted=4.0), words(""), 2.5),
+        ("relevance", Answer(text="a", surprise=1.5, elsewhere=4.0), words(""), 2.5),
         ("self-bleu", words("the cat sat on the mat"), words("the cat sat on the mat"), 100.0),
         ("distinct", words("a b a b a b a b a"), words(""), 2 / 8),
         ("distinct", words("a b c d e f g h"), words(""), 1.0),

@@ -12,7 +12,7 @@ from poise.core.metric import Subject
 from poise.metrics import energy
 from poise.metrics.energy import Energy
 from poise.metrics.kv_cache import KvCache
-from poise.metrics.latency import ENOUGH, GENERATED, PROMPT, ROUNDS, Latency
+from poise.metrics.latency import ENOUGH, GENERATED, PROMPT, ROUNDS, TOGETHER, TURNS, Latency
 from poise.metrics.memory import Memory
 from poise.metrics.size import Size
 
@@ -99,6 +99,11 @@ class Scripted(Engine):
             raise seconds
         return Generation(tokens=[0] * len(seconds), seconds=seconds)
 
+    def generate_many(self, prompts, n):
+        assert len({tuple(tokens) for tokens in prompts}) == len(prompts), "caches of prompts would help"
+        self.calls.append((self.name, len(prompts), n))
+        return [[0] * n for _ in prompts]
+
     def close(self):
         self.calls.append((self.name, "closed"))
 
@@ -125,6 +130,7 @@ def test_models_take_turns_and_the_warm_up_is_not_counted():
     ]
     a, b = map(by_name, Latency().measure(subjects))
     turns = [("a", PROMPT, GENERATED), ("b", PROMPT, GENERATED)] * (ROUNDS + 1)
+    turns += [(name, n, GENERATED) for n in TOGETHER for _ in range(TURNS + 1) for name in "ab"]
     assert calls[: len(turns)] == turns
     assert sorted(calls[len(turns) :]) == [("a", "closed"), ("b", "closed")]
     first, step = a["time_to_first_token"], a["time_per_token"]
@@ -140,6 +146,8 @@ def test_models_take_turns_and_the_warm_up_is_not_counted():
     assert b["time_to_first_token"].value == pytest.approx(0.9)
     assert b["time_per_token"].value == pytest.approx(0.09)
     assert b["throughput"].protocol.endswith("engine scripted-b")
+    assert {a[f"throughput_at_{n}"].n for n in TOGETHER} == {TURNS}
+    assert "16 streams" in a["throughput_at_16"].protocol
 
 
 def test_engines_are_closed_when_one_of_them_fails():

@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -13,10 +14,13 @@ from poise.calibration.text import Text, load_text
 from poise.checkpoints import open_checkpoint
 from poise.core.artifact import Artifact
 from poise.core.errors import EngineError, UsageError
+from poise.core.metric import Answer
 from poise.core.verdict import FAIL, INCONCLUSIVE, PASS, Range
 from poise.engines.torch import Torch
-from poise.pipeline.samples import PROTOCOLS, read_prompts, read_windows
+from poise.pipeline.samples import PROTOCOLS, Prompt, read_prompts, read_windows
+from poise.pipeline.summary import Reading, Written, fidelity_scores, own_scores
 from poise.planning.presets import preset_recipe
+from poise.statistics.partition import Partition
 
 ONLY = {"perplexity_ratio": Range(at_most=1.02)}
 
@@ -82,6 +86,30 @@ def test_a_model_passes_against_itself_and_a_ruined_one_fails(llama, ruined, que
     assert np.mean(mine) == pytest.approx(broken.value("kl"))
 
 
+def test_answers_that_move_are_seen_where_their_mean_stays():
+    """Two prompts whose answers change places: no metric of all answers differs, every single one has moved."""
+    calm, wild = "a b c d e f g h i j", "a a a a a a a a a a"
+    answers = [Answer(text=text, tokens=tuple(map(ord, text))) for text in (calm, wild)]
+    prompts = [Prompt(document=str(n), domain="d", text="q", asked="q", wanted=None) for n in range(2)]
+    written = Written(
+        prompts=prompts, original=answers, candidate=answers[::-1], partition=Partition(["0", "1"])
+    )
+    before, after = (
+        {score.name: score.value for score in own_scores(NOTHING, [], written, of)}
+        for of in ("original", "candidate")
+    )
+    scores = {score.name: score for score in fidelity_scores(NOTHING, [], written, 0.0)}
+    each = [len(set(pairwise(a.tokens))) / (len(a.tokens) - 1) for a in answers]
+    assert before["distinct"] == after["distinct"] == pytest.approx(np.mean(each))
+    assert scores["distinct_shift"].value == pytest.approx(abs(each[0] - each[1]))
+    same = Written(prompts=prompts, original=answers, candidate=answers, partition=Partition(["0", "1"]))
+    for score in fidelity_scores(NOTHING, [], same, 0.0):
+        assert not score.name.endswith("_shift") or score.value in (0, pytest.approx(math.nan, nan_ok=True))
+
+
+NOTHING = Reading(windows=[], records=[], partition=Partition([]))
+
+
 def relevance(model):
     """Once more without the pipeline."""
     checkpoint = open_checkpoint(model)
@@ -90,11 +118,11 @@ def relevance(model):
         engine.load(checkpoint)
         asked = [tokenizer(f"what sat on mat {n}?")["input_ids"] for n in range(3)]
         gains = []
-        for before in asked:
+        for number, before in enumerate(asked):
             made = engine.generate(before, 8, {tokenizer.eos_token_id}).tokens
             made = made[:-1] if made[-1] == tokenizer.eos_token_id else made
             scores = []
-            for start in (before, tokenizer("")["input_ids"][:1] or [tokenizer.eos_token_id]):
+            for start in (before, asked[(number + 1) % 3]):
                 q = engine.logits([*start, *made]).log_softmax(-1)[len(start) - 1 : -1]
                 scores.append(float(q.gather(1, torch.tensor(made)[:, None]).mean()))
             gains.append(scores[0] - scores[1])

@@ -1,6 +1,7 @@
 """Documents in JSON lines: plain texts, prompts with answers, or conversations in the chat template of the model."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +21,25 @@ def read_documents(path: Path, content: str, tokenizer: Any) -> list[str]:
     Raises:
         UsageError: a line is not JSON or has no known shape, or the tokenizer has no chat template; names file and line.
     """
-    documents = []
+    return [
+        item if isinstance(item, str) else document(item, where, tokenizer)
+        for where, item in read_lines(path, content)
+    ]
+
+
+def read_lines(path: Path, content: str) -> Iterator[tuple[str, Any]]:
+    """What each line holds, with its file and line for errors; blank ones are passed over.
+
+    Raises:
+        UsageError: a line is not JSON.
+    """
     for number, line in enumerate(content.splitlines(), 1):
-        if not line.strip():
-            continue
         where = f"{path}, line {number}"
         try:
-            item = json.loads(line)
+            if line.strip():
+                yield where, json.loads(line)
         except ValueError as error:
             raise UsageError(f"{where}: not JSON ({error})") from error
-        documents.append(item if isinstance(item, str) else document(item, where, tokenizer))
-    return documents
 
 
 def document(item: Any, where: str, tokenizer: Any) -> str:

@@ -66,8 +66,20 @@ def load_text(path: str | Path | None, purpose: str, tokenizer: Any = None) -> T
         return Text(name=f"the built-in {purpose} text", content=content)
     if is_hub(path):
         return _joined(str(path), read_dataset(str(path), tokenizer))
+    content = read_utf8(Path(path))
+    if Path(path).suffix == ".jsonl":
+        return _joined(Path(path).name, read_documents(Path(path), content, tokenizer))
+    return Text(name=Path(path).name, content=content)
+
+
+def read_utf8(path: Path) -> str:
+    """What a text file holds.
+
+    Raises:
+        UsageError: it cannot be read, is not UTF-8 (names the line), or is empty.
+    """
     try:
-        content = Path(path).read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise UsageError(f"{path}: not UTF-8 text (line {line}, byte {error.start})") from error
@@ -75,9 +87,7 @@ def load_text(path: str | Path | None, purpose: str, tokenizer: Any = None) -> T
         raise UsageError(f"{path}: cannot be read ({error.strerror})") from error
     if not content.strip():
         raise UsageError(f"{path}: is empty")
-    if Path(path).suffix == ".jsonl":
-        return _joined(Path(path).name, read_documents(Path(path), content, tokenizer))
-    return Text(name=Path(path).name, content=content)
+    return content
 
 
 def _joined(name: str, documents: list[str]) -> Text:

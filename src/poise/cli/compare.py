@@ -16,7 +16,10 @@ FAILED, UNDECIDED = 3, 4
 
 def run(
     original: Annotated[str, typer.Argument(help="artifact, folder, .gguf file or hub id")],
-    candidates: Annotated[list[str], typer.Argument(help="any number of models to judge")],
+    candidates: Annotated[
+        list[str],
+        typer.Argument(help="any number of models to judge, or running endpoints: http://.../v1#MODEL"),
+    ],
     text: Annotated[
         list[str] | None,
         typer.Option(
@@ -44,9 +47,10 @@ def run(
     original_engine: Annotated[str | None, typer.Option(help="engine of the original")] = None,
     judge: Annotated[
         str | None,
-        typer.Option(help="model that compares answers, or an endpoint: http://.../v1 (key: OPENAI_API_KEY)"),
+        typer.Option(
+            help="model that compares answers, or an endpoint, http://.../v1#MODEL (key: OPENAI_API_KEY)"
+        ),
     ] = None,
-    judge_model: Annotated[str, typer.Option(help="the endpoint's name of the judge")] = "",
     efficiency: Annotated[bool, typer.Option(help="measure memory and latency too")] = False,
     force: Annotated[bool, typer.Option(help="read texts that a candidate was calibrated on")] = False,
     seed: Annotated[int, typer.Option(help="of the draws behind intervals")] = 0,
@@ -82,7 +86,6 @@ def run(
             engines=engine or (),
             original_engine=original_engine,
             judge=judge,
-            judge_model=judge_model,
             efficiency=efficiency,
             force=force,
             seed=seed,

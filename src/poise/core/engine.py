@@ -44,6 +44,11 @@ class Engine(ABC):
     def generate(self, tokens: list[int], n: int, stop: Collection[int] = ()) -> Generation:
         """Continues the prompt by ``n`` greedy tokens, or up to the first of ``stop``, which is the last one then."""
 
+    def generate_many(self, prompts: list[list[int]], n: int) -> list[list[int]]:
+        """Continues prompts of one length by ``n`` greedy tokens each, together, as a server does for several users; one after the
+        other in runtimes that cannot."""
+        return [self.generate(tokens, n).tokens for tokens in prompts]
+
     @abstractmethod
     def close(self) -> None:
         """Frees the model; calling it twice is harmless."""

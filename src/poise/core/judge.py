@@ -38,6 +38,9 @@ class Judge(ABC):
             EngineError: the judge cannot be reached or does not work.
         """
 
+    def close(self) -> None:  # noqa: B027
+        """Frees what the judge holds; it may be asked again afterwards."""
+
 
 def preference(first: float, second: float) -> float:
     """Of the probabilities of both labels; NaN when there is too little of either (``LEAST``)."""

@@ -127,14 +127,14 @@ class Answer:
         tokens: without the end token; empty for what no model wrote.
         ended: whether the model came to an end by itself.
         surprise: mean negative log-likelihood of the tokens under the original, nats; NaN where unknown.
-        unprompted: the same without the prompt before them.
+        elsewhere: the same after the next prompt instead of its own.
     """
 
     text: str
     tokens: tuple[int, ...] = ()
     ended: bool = True
     surprise: float = float("nan")
-    unprompted: float = float("nan")
+    elsewhere: float = float("nan")
 
 
 class AnswerMetric(Metric):
@@ -147,10 +147,12 @@ class AnswerMetric(Metric):
         against: what an answer is held against: the data set's ``wanted`` answer, the ``original`` model's answer, the same
             model's answer to the ``next`` prompt, or ``nothing``.
         ratio: whether models are compared by the quotient of their scores rather than by the difference.
+        shifts: whether it is also told how far single answers moved: a mean may stay where its answers do not.
     """
 
     against: ClassVar[str] = "nothing"
     ratio: ClassVar[bool] = False
+    shifts: ClassVar[bool] = False
 
     @abstractmethod
     def columns(self, answer: Answer, other: Answer) -> list[float]:

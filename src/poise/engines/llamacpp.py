@@ -7,9 +7,10 @@ this file calls that through ctypes: no compiler, no second copy of the library,
 Functions of a C library are found by name, but structs have a layout that only its header tells, and
 llama.cpp passes three of them by value. As little as possible is assumed about them:
 
-    llama_context_params   u32 n_ctx, n_batch, n_ubatch, n_seq_max, ...     the first three are written
+    llama_context_params   u32 n_ctx, n_batch, n_ubatch, n_seq_max, ...     all four are written
     llama_model_params     two pointers, i32 n_gpu_layers, split_mode, ...  n_gpu_layers is written
-    llama_batch            i32 n_tokens, then six pointers                  n_tokens, token, logits
+    llama_batch            i32 n_tokens, then six pointers                  n_tokens, token, logits; for several
+                                                                            texts also pos, n_seq_id, seq_id
 
 Only these beginnings are declared. Fields come and go behind them (threads are therefore set by a
 function), so room is left at the end: a struct of more than 16 bytes that is the last argument lies on the
@@ -30,7 +31,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from ctypes import POINTER, c_bool, c_char_p, c_float, c_int8, c_int32, c_uint32, c_uint64, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,6 +167,44 @@ class LlamaCpp(Engine):
             step = made[-1:]
         return Generation(tokens=made, seconds=seconds)
 
+    def generate_many(self, prompts: list[list[int]], n: int) -> list[list[int]]:
+        self._loaded()
+        every = list(range(len(prompts)))
+        self._make_room(max(map(len, prompts)) + n, len(prompts))
+        made: list[list[int]] = [[] for _ in prompts]
+        try:
+            for number, tokens in enumerate(prompts):
+                for start in range(0, len(tokens), BATCH):
+                    part = tokens[start : start + BATCH]
+                    scores = self._decode_several(part, range(start, start + len(part)), [number] * len(part))
+                made[number].append(int(scores[-1].argmax()))
+            for step in range(1, n):
+                places = [len(prompts[number]) + step - 1 for number in every]
+                scores = self._decode_several([made[number][-1] for number in every], places, every)
+                for tokens, best in zip(made, scores.argmax(-1).tolist(), strict=True):
+                    tokens.append(best)
+        finally:
+            self._make_room(self.context)
+        return made
+
+    def _decode_several(self, tokens: list[int], places: Sequence[int], texts: list[int]) -> Tensor:
+        """Scores after each of some tokens, which stand at places of texts: [tokens, vocabulary]."""
+        count = len(tokens)
+        numbers = [(c_int32 * 1)(text) for text in texts]
+        positions = (c_int32 * count)(*places)
+        lengths = (c_int32 * count)(*[1] * count)
+        owners = (c_void_p * count)(*map(ctypes.addressof, numbers))
+        batch = _Batch(
+            n_tokens=count,
+            token=(c_int32 * count)(*tokens),
+            pos=ctypes.addressof(positions),
+            n_seq_id=ctypes.addressof(lengths),
+            seq_id=ctypes.addressof(owners),
+            logits=(c_int8 * count)(*[1] * count),
+        )
+        scores = (c_float * (count * self._vocabulary)).from_address(self._run(batch))
+        return torch.frombuffer(scores, dtype=torch.float32).reshape(count, self._vocabulary)
+
     def tokenize(self, text: str, special: bool = False) -> list[int]:
         """Token ids by llama.cpp's own tokenizer; no beginning or end is added.
 
@@ -223,14 +262,14 @@ class LlamaCpp(Engine):
             self._make_room(room)
         lib.llama_memory_clear(lib.llama_get_memory(self._runner), True)
 
-    def _make_room(self, positions: int) -> None:
-        """Replaces the context by one of at least so many positions: the next multiple of BATCH."""
+    def _make_room(self, positions: int, texts: int = 1) -> None:
+        """Replaces the context by one of at least so many positions for each text: the next multiple of BATCH."""
         if self._runner:
             self._lib.llama_free(self._runner)
             self._runner, self._room = None, 0
-        room = -(-positions // BATCH) * BATCH
+        room = texts * -(-positions // BATCH) * BATCH
         params = self._lib.llama_context_default_params()
-        params.n_ctx, params.n_batch, params.n_ubatch = room, BATCH, BATCH
+        params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = room, BATCH, BATCH, texts
         _errors.clear()
         self._runner = self._lib.llama_init_from_model(self._model, params)
         if not self._runner:
@@ -250,11 +289,14 @@ class LlamaCpp(Engine):
         batch = _Batch(n_tokens=len(tokens), token=(c_int32 * len(tokens))(*tokens))
         if every:
             batch.logits = (c_int8 * len(tokens))(*[1] * len(tokens))
+        return self._run(batch)
+
+    def _run(self, batch: Any) -> int:
         _errors.clear()
         status = self._lib.llama_decode(self._runner, batch)
         address = self._lib.llama_get_logits(self._runner) if status == 0 else None
         if not address:
-            raise EngineError(f"no scores for {len(tokens)} tokens (status {status}): {_errors_so_far()}")
+            raise EngineError(f"no scores for {batch.n_tokens} tokens (status {status}): {_errors_so_far()}")
         return int(address)
 
 

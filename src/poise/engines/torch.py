@@ -86,6 +86,13 @@ class Torch(Engine):
             ids = torch.tensor([made[-1:]])
         return Generation(tokens=made, seconds=seconds)
 
+    def generate_many(self, prompts: list[list[int]], n: int) -> list[list[int]]:
+        advance, made = self.writer(), [torch.tensor(prompts)]
+        for _ in range(n):
+            made.append(advance(made[-1]).argmax(-1, keepdim=True))
+        found: list[list[int]] = torch.cat(made[1:], -1).tolist()
+        return found
+
     def writer(self) -> Callable[[Tensor], Tensor]:
         """Begins a batch of texts: takes their newest tokens [texts, n], answers with the next scores, [texts, vocabulary]."""
         cache = None

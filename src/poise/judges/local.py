@@ -1,5 +1,6 @@
 """A model in an engine of ours as a judge, by the probabilities of the letters A and B."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,12 +16,13 @@ class Local(Judge):
 
     Args:
         name: of the model.
-        engine: with the model loaded.
+        start: loads the model into an engine, at the first question.
         tokenizer: of the model; its chat template is used if it has one.
     """
 
-    def __init__(self, name: str, engine: Engine, tokenizer: Any) -> None:
-        self.name, self._engine, self._tokenizer = name, engine, tokenizer
+    def __init__(self, name: str, start: Callable[[], Engine], tokenizer: Any) -> None:
+        self.name, self._start, self._tokenizer = name, start, tokenizer
+        self._engine: Engine | None = None
         self._labels = [
             {tokenizer(form + label, add_special_tokens=False)["input_ids"][-1] for form in ("", " ")}
             for label in LABELS
@@ -34,5 +36,12 @@ class Local(Judge):
             tokens = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         else:
             tokens = self._tokenizer(f"{text}\nThe better answer is", verbose=False)["input_ids"]
+        if self._engine is None:
+            self._engine = self._start()
         chances = torch.softmax(self._engine.logits(tokens)[-1].double(), -1)
         return preference(*(float(chances[list(ids)].sum()) for ids in self._labels))
+
+    def close(self) -> None:
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None

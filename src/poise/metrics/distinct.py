@@ -15,6 +15,7 @@ class Distinct(AnswerMetric):
     unit: ClassVar[str] = "share"
     protocol: ClassVar[str] = f"distinct-2 of the first {LENGTH} tokens, mean of answers"
     lower_is_better: ClassVar[bool] = False
+    shifts: ClassVar[bool] = True
 
     def columns(self, answer: Answer, other: Answer) -> list[float]:
         tokens = answer.tokens[:LENGTH]

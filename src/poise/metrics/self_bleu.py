@@ -12,3 +12,4 @@ class SelfBleu(Bleu):
     protocol: ClassVar[str] = f"{Bleu.protocol}, each answer against the same model's next one"
     lower_is_better: ClassVar[bool] = True
     against: ClassVar[str] = "next"
+    shifts: ClassVar[bool] = True

@@ -12,6 +12,7 @@ class Surprise(AnswerMetric):
 
     unit: ClassVar[str] = "nats"
     protocol: ClassVar[str] = "negative log-likelihood of the answer under the original, mean of answers"
+    shifts: ClassVar[bool] = True
 
     def columns(self, answer: Answer, other: Answer) -> list[float]:
         return [answer.surprise]

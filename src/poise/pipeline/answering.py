@@ -1,5 +1,6 @@
 """Models answer: the likeliest of given choices, or what they write themselves, greedily."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -62,19 +63,22 @@ def write(
 def surprised(
     original: Lazy, prompts: Sequence[Prompt], answers: Sequence[Answer], tokenizer: Any, cache: Cache
 ) -> list[Answer]:
-    """The answers with what the original thinks of them."""
+    """The answers with what the original thinks of them, after their own prompt and after the next one."""
+    asked = [
+        tokenizer(prompt.text, add_special_tokens=not _templated(prompt, tokenizer), verbose=False)[
+            "input_ids"
+        ]
+        for prompt in prompts
+    ]
     found = []
-    for prompt, answer in zip(prompts, answers, strict=True):
-        key = f"{prompt.key} {' '.join(map(str, answer.tokens))}"
+    for number, answer in enumerate(answers):
+        after = (number + 1) % len(prompts)
+        made = list(answer.tokens)
+        key = f"{prompts[number].key} {prompts[after].key} {' '.join(map(str, made))}"
         if key not in cache:
-            asked = tokenizer(
-                prompt.text, add_special_tokens=not _templated(prompt, tokenizer), verbose=False
-            )["input_ids"]
-            opening = tokenizer("")["input_ids"][:1] or [tokenizer.eos_token_id]
-            made = list(answer.tokens)
-            cache[key] = [_surprise(original, before, made) for before in (asked, opening)]
-        prompted, alone = cache[key]
-        found.append(replace(answer, surprise=prompted, unprompted=alone))
+            cache[key] = [_surprise(original, asked[place], made) for place in (number, after)]
+        own, elsewhere = cache[key]
+        found.append(replace(answer, surprise=own, elsewhere=elsewhere if after != number else math.nan))
     return found
 
 

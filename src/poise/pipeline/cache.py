@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,15 @@ class Cache:
         self._path = folder and folder / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.jsonl"
         self._known: dict[str, Any] = {}
         if self._path and self._path.exists():
-            for line in self._path.read_text(encoding="utf-8").splitlines():
+            text = self._path.read_text(encoding="utf-8")
+            for line in text.splitlines():
                 try:
                     key, record = json.loads(line)
                 except ValueError:
-                    continue  # the line that was being written when the run ended
+                    continue  # the line that was being written when a run ended
                 self._known[key] = record
+            if not text.endswith("\n"):
+                self._append("")
         elif self._path:
             self._path.parent.mkdir(parents=True, exist_ok=True)
 
@@ -39,13 +41,9 @@ class Cache:
 
     def __setitem__(self, key: str, record: Any) -> None:
         self._known[key] = record
+        self._append(json.dumps([key, record]))
+
+    def _append(self, line: str) -> None:
         if self._path:
-            whole = not self._path.exists() or not self._path.stat().st_size or _ends_whole(self._path)
             with open(self._path, "a", encoding="utf-8") as file:
-                file.write(("" if whole else "\n") + json.dumps([key, record]) + "\n")
-
-
-def _ends_whole(path: Path) -> bool:
-    with open(path, "rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read() == b"\n"
+                file.write(line + "\n")

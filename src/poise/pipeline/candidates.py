@@ -1,18 +1,19 @@
 """The models of one comparison: what each of them reads and answers, and the row that comes of it."""
 
+import hashlib
 import json
 import math
+import os
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from poise.calibration.text import Text
 from poise.checkpoints import open_checkpoint
 from poise.checkpoints.rounded import Rounded
+from poise.checkpoints.running import Running
 from poise.core.artifact import Artifact
 from poise.core.checkpoint import Checkpoint
 from poise.core.comparison import Side
@@ -20,12 +21,15 @@ from poise.core.errors import CheckpointError, UsageError
 from poise.core.judge import Judge
 from poise.core.metric import Answer, Score
 from poise.core.run import versions
-from poise.core.verdict import INCONCLUSIVE, Answered, Finding, Part, Range, Row
+from poise.core.verdict import Range, Row
+from poise.endpoints.client import Client, is_address
 from poise.pipeline.answering import choose, end_tokens, surprised, write
 from poise.pipeline.cache import Cache
 from poise.pipeline.harness import run_tasks
 from poise.pipeline.judging import DAMAGED, Judged, controls, judge_answers, judged_question, judged_scores
 from poise.pipeline.progress import Progress
+from poise.pipeline.rows import latency, layers, missing, shown
+from poise.pipeline.running import ask, sides
 from poise.pipeline.samples import (
     Prompt,
     Protocol,
@@ -35,11 +39,9 @@ from poise.pipeline.samples import (
 from poise.pipeline.scoring import Lazy, floor, logit_metrics, score_alone, score_pair
 from poise.pipeline.subjects import (
     default_engine,
-    measure,
     model_path,
     refuse_known,
     started,
-    system_names,
     whole_artifact,
 )
 from poise.pipeline.summary import (
@@ -52,11 +54,9 @@ from poise.pipeline.summary import (
     questions,
 )
 from poise.statistics.noninferiority import Question, judge
-from poise.statistics.partition import Partition, log_mean_ratio
+from poise.statistics.partition import Partition
 
 FLOOR_WINDOWS = 2
-SHOWN = 8
-"""Answers that a report shows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,9 +83,13 @@ class Job:
         seed: int,
         progress: Progress,
     ) -> None:
+        if is_address(sources[0]):
+            raise UsageError(
+                f"{sources[0]}: an endpoint can be a candidate; the original has to be a model that can be loaded"
+            )
         self.sources = sources
         self.artifacts: list[Artifact | None] = [whole_artifact(source) for source in sources]
-        self.models: list[Checkpoint] = [open_checkpoint(model_path(source)) for source in sources]
+        self.models: list[Checkpoint] = [_opened(source) for source in sources]
         self.engines = [e or default_engine(m) for e, m in zip(engines, self.models, strict=True)]
         self.tokenizer = self.models[0].tokenizer()
         self.tokenizers = [_tokenizer(model, self.tokenizer) for model in self.models]
@@ -95,6 +99,7 @@ class Job:
         self._original_scores: tuple[Score, ...] = ()
         self.judge: Judge | None = None
         self.wished: set[str] = set()
+        self._known_tasks: dict[str, dict[str, Any]] = {}
         self._controls: tuple[Judged, Judged] | None = None
 
     def read(self, texts: list[Text], protocol: Protocol, limit: int | None, force: bool) -> list[Window]:
@@ -131,11 +136,12 @@ class Job:
 
     def sides(self, efficiency: bool) -> list[Side]:
         """Size, and cost if it is wanted."""
-        names = system_names() if efficiency else ["size"]
-        return measure(self.models, self.engines, self.sources, names, self.progress)
+        return sides(self.models, self.engines, self.sources, efficiency, self.progress)
 
     def same_tokens(self, number: int, windows: list[Window]) -> str:
         """Why a candidate cannot be compared token by token; empty if it can."""
+        if isinstance(self.models[number], Running):
+            return "it runs elsewhere and tells no probabilities: only its answers can be compared"
         sizes = [_vocabulary(self.models[place]) for place in (0, number)]
         if all(sizes) and sizes[0] != sizes[1]:
             return f"vocabularies of {sizes[0]} and {sizes[1]} tokens: only bits per byte can be compared"
@@ -161,7 +167,10 @@ class Job:
         """A candidate's row, and a line for each of its samples."""
         notes = [reason] if (reason := self.same_tokens(number, windows)) else []
         partition = Partition([window.document for window in windows], self.seed)
-        if reason:
+        remote = isinstance(self.models[number], Running)
+        if remote:
+            reading = Reading(windows=windows, records=[], partition=partition)
+        elif reason:
             reading = self._alone(number, windows, partition)
         else:
             records = score_pair(
@@ -172,13 +181,15 @@ class Job:
                 self.progress,
             )
             reading = Reading(windows=windows, records=records, partition=partition)
-        chosen = self._choose(number, [prompt for prompt in prompts if prompt.choices], tasks)
+        chosen = (
+            [] if remote else self._choose(number, [prompt for prompt in prompts if prompt.choices], tasks)
+        )
         written = self._write(number, [prompt for prompt in prompts if not prompt.choices], limit, not reason)
-        noise = self._floor(windows)
+        noise = self._floor(windows) if reading.records else math.nan
         self.lazy[number].close()
         asked = questions(reading, chosen, written, allowed)
-        if latency := _latency(sides[0], sides[number], allowed["latency_ratio"]):
-            asked["latency_ratio"] = latency
+        if slower := latency(sides[0], sides[number], allowed["latency_ratio"]):
+            asked["latency_ratio"] = slower
         judged, question, problem = self._judged(written, allowed["judged_win_rate"])
         if question:
             asked["judged_win_rate"] = question
@@ -186,15 +197,16 @@ class Job:
         if not asked:
             notes.append("no figure that was measured has a range")
         own = own_scores(reading, chosen, written, "candidate")
-        if number == 1:
-            self._original_scores = own_scores(reading, chosen, written, "original")
+        known = own_scores(reading, chosen, written, "original")
+        if len(known) > len(self._original_scores):  # beside an endpoint little is asked of it
+            self._original_scores = known
         side = Side(**{**sides[number].__dict__, "scores": (*own, *sides[number].scores)})
         row = Row(
             side=side,
             scores=(*fidelity_scores(reading, chosen, written, noise), *judged),
-            findings=(*judge(asked), *_missing(self.wished - asked.keys(), allowed)),
-            parts={**parts(reading), **_layers(self.sources[number])},
-            answers=tuple(_shown(written)),
+            findings=(*judge(asked), *missing(self.wished - asked.keys(), allowed)),
+            parts={**parts(reading), **layers(self.sources[number])},
+            answers=tuple(shown(written)),
             notes=tuple(notes),
         )
         return row, [
@@ -264,6 +276,14 @@ class Job:
         found = []
         for name, original in both[0].items():
             items = sorted(original.keys() & both[1].get(name, {}).keys(), key=int)
+            digest = hashlib.sha256(f"lm-eval {version('lm_eval')} {name} {items}".encode()).hexdigest()
+            self._known_tasks[name] = {
+                "kind": "task",
+                "name": name,
+                "samples": len(items),
+                "documents": len(items),
+                "hash": digest,
+            }
             found.append(
                 Chosen(
                     name=name.replace(" ", "_"),
@@ -276,6 +296,10 @@ class Job:
             )
         return found
 
+    def task_data(self) -> list[dict[str, Any]]:
+        """The tasks that were run, as the verdict lists its data."""
+        return [self._known_tasks[name] for name in sorted(self._known_tasks)]
+
     def _write(self, number: int, prompts: list[Prompt], limit: int, same: bool) -> Written:
         if not prompts:
             return Written()
@@ -284,8 +308,12 @@ class Job:
             tokenizer = self.tokenizers[place]
             ends = end_tokens(self.models[place].config, tokenizer)
             cache = self.cache(place, f"answers of {limit}")
-            made = write(self.lazy[place], prompts, tokenizer, ends, limit, cache, self.progress)
-            if place and not same:
+            model = self.models[place]
+            if isinstance(model, Running):
+                made = ask(model.client, prompts, self.tokenizer, limit, cache, self.progress)
+            else:
+                made = write(self.lazy[place], prompts, tokenizer, ends, limit, cache, self.progress)
+            if place and not same and not isinstance(model, Running):
                 made = [_in_tokens_of(self.tokenizer, answer) for answer in made]
             both.append(
                 surprised(
@@ -293,7 +321,7 @@ class Job:
                     prompts,
                     made,
                     self.tokenizer,
-                    self.cache(0, "surprise with and without the prompt"),
+                    self.cache(0, "surprise after two prompts"),
                 )
             )
         partition = Partition([prompt.document for prompt in prompts], self.seed)
@@ -334,6 +362,13 @@ class Job:
         return float(cache[key])
 
 
+def _opened(source: str | Path) -> Checkpoint:
+    """A model on disk or on the hub, or a running endpoint."""
+    if is_address(source):
+        return Running(Client(str(source), key=os.environ.get("OPENAI_API_KEY")))
+    return open_checkpoint(model_path(source))
+
+
 def _tokenizer(model: Checkpoint, original: Any) -> Any:
     """A model without a tokenizer is given the original's."""
     try:
@@ -350,63 +385,3 @@ def _in_tokens_of(tokenizer: Any, answer: Answer) -> Answer:
 
 def _vocabulary(model: Checkpoint) -> int:
     return next((linear.rows for linear in model.linears() if linear.role == "embedding"), 0)
-
-
-def _latency(original: Side, candidate: Side, allowed: Range) -> Question | None:
-    """Time per token over the original's, in rounds where they took turns. Two engines cannot be compared this way: what differs
-    is the engine."""
-    pair = [
-        next((s.rounds for s in side.scores if s.name == "time_per_token"), ())
-        for side in (original, candidate)
-    ]
-    if original.engine.split("(")[0] != candidate.engine.split("(")[0] or not pair[0]:
-        return None
-    rounds = np.array(pair).T
-    estimate = Partition([str(number) for number in range(len(rounds))]).estimate(rounds, log_mean_ratio)
-    return Question(
-        estimate=estimate,
-        allowed=allowed,
-        ratio=True,
-        unit="rounds",
-    )
-
-
-def _missing(names: set[str], allowed: dict[str, Range]) -> list[Finding]:
-    """What was asked for and is not there: a candidate has not passed it."""
-    return [
-        Finding(
-            name=name,
-            value=math.nan,
-            low=math.nan,
-            high=math.nan,
-            allowed=allowed[name],
-            verdict=INCONCLUSIVE,
-            reason=f"{name.replace('_', ' ')} was asked for and not measured",
-        )
-        for name in sorted(names)
-    ]
-
-
-def _layers(source: str | Path) -> dict[str, tuple[Part, ...]]:
-    """Errors of the matrices of an artifact, from the record of the run that made it, if that is still beside it."""
-    record = Path(f"{source}.run.json")
-    if not record.is_file():
-        return {}
-    matrices = json.loads(record.read_text(encoding="utf-8")).get("matrices", [])
-    errors = [(item["name"], item.get("output_error")) for item in matrices]
-    found = [
-        Part(name=name, value=float(error))
-        for name, error in errors
-        if error is not None and math.isfinite(error)
-    ]
-    return {"layer": tuple(found)} if found else {}
-
-
-def _shown(written: Written) -> list[Answered]:
-    """Answers that differ first: they are what a reader looks for."""
-    rows = list(zip(written.prompts, written.original, written.candidate, strict=True))
-    rows.sort(key=lambda row: row[1].text == row[2].text)
-    return [
-        Answered(prompt=prompt.asked, wanted=prompt.wanted, original=a.text, candidate=b.text)
-        for prompt, a, b in rows[:SHOWN]
-    ]

@@ -5,6 +5,7 @@ import json
 import os
 import shlex
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from poise.core.errors import UsageError
 from poise.core.judge import Judge
 from poise.core.run import versions
 from poise.core.verdict import Range, Row, Verdict
+from poise.endpoints.client import Client, is_address
 from poise.judges.endpoint import Endpoint
 from poise.judges.local import Local
 from poise.pipeline.candidates import NO_TASKS, Job, Tasks
@@ -34,6 +36,7 @@ from poise.pipeline.subjects import (
 from poise.reports.card import eval_results, model_card
 from poise.reports.verdict import write_verdict
 
+ANSWER_TOKENS = 128
 DEFAULT_RANGES: dict[str, Range] = {
     "perplexity_ratio": Range(at_most=1.02),
     "accuracy_change": Range(at_least=-0.01),
@@ -56,12 +59,11 @@ def compare(
     tasks: Tasks = NO_TASKS,
     protocol: str = "windows",
     windows: int | None = None,
-    answer_tokens: int = 128,
+    answer_tokens: int = ANSWER_TOKENS,
     ranges: Mapping[str, Range] | None = None,
     engines: Sequence[str] = (),
     original_engine: str | None = None,
     judge: str | None = None,
-    judge_model: str = "",
     efficiency: bool = False,
     force: bool = False,
     seed: int = 0,
@@ -71,7 +73,8 @@ def compare(
     """Judges any number of candidates on the same samples.
 
     Args:
-        original, candidates: artifacts, folders, ``.gguf`` files or hub ids.
+        original, candidates: artifacts, folders, ``.gguf`` files or hub ids. A candidate may also be the address of a running
+            endpoint, ``http://.../v1#MODEL``: only its answers and its speed are compared.
         texts: UTF-8 files, JSON lines or data sets to read, one domain each; none for the short text that comes with Poise.
         prompts: files of JSON lines with questions to answer (``pipeline/samples.py``).
         tasks: of lm-evaluation-harness.
@@ -79,7 +82,7 @@ def compare(
         answer_tokens: longest answer.
         ranges: by figure, added to ``DEFAULT_RANGES`` or instead of them. One that is not measured is not passed.
         engines: one spec a candidate, or none for the defaults.
-        judge: a model for a judge, or the address of an endpoint (``http://.../v1``) that has ``judge_model``.
+        judge: a model for a judge, or the address of an endpoint, ``http://.../v1#MODEL``.
         efficiency: whether to measure memory and latency, all models taking turns.
         force: read texts although a candidate was calibrated on them.
         seed: of the draws behind intervals.
@@ -106,19 +109,37 @@ def compare(
     reading = job.read(load_texts(texts, job.tokenizer), PROTOCOLS[protocol], windows, force)
     asked = [prompt for path in prompts for prompt in read_prompts(Path(path), job.tokenizer)]
     sides = job.sides(efficiency)
-    job.judge, job.wished = _judge(judge, judge_model), set(ranges or {})
+    job.judge, job.wished = _judge(judge), set(ranges or {})
     allowed = {**DEFAULT_RANGES, **(ranges or {})}
     rows = [
         job.row(number, reading, asked, tasks, answer_tokens, sides, allowed)
         for number in range(1, len(sides))
     ]
+    if job.judge:
+        job.judge.close()
     command = _command(
-        original, candidates, texts, prompts, tasks, protocol, windows, answer_tokens, seed, ranges or {}
+        [original, *candidates],
+        {
+            "--text": [Path(text).name if Path(text).exists() else text for text in texts],
+            "--prompts": [path.name for path in map(Path, prompts)],
+            "--task": tasks.names,
+            "--task-limit": [tasks.limit] if tasks.limit else [],
+            "--task-folder": [tasks.folder.name] if tasks.folder else [],
+            "--protocol": [protocol] if protocol != "windows" else [],
+            "--windows": [windows] if windows else [],
+            "--answer-tokens": [answer_tokens] if answer_tokens != ANSWER_TOKENS else [],
+            "--gate": _gates(ranges or {}),
+            "--engine": engines,
+            "--original-engine": [original_engine] if original_engine else [],
+            "--judge": [label(judge)] if judge else [],
+            "--seed": [seed] if seed else [],
+        },
+        ["--efficiency"] * efficiency + ["--force"] * force,
     )
     verdict = Verdict(
         original=job.original_side(sides[0]),
         rows=tuple(row for row, _ in rows),
-        data=tuple(_data(reading, asked)),
+        data=(*_data(reading, asked), *job.task_data()),
         facts={
             "command": command,
             "versions": versions(),
@@ -146,16 +167,15 @@ def _write_card(artifact: Artifact, verdict: Verdict, row: Row) -> None:
     artifact.replace_card(model_card(artifact.manifest, artifact.plan, judged=(verdict, row)))
 
 
-def _judge(source: str | None, model: str) -> Judge | None:
+def _judge(source: str | None) -> Judge | None:
     """An endpoint by its address, or a model loaded here."""
     if source is None:
         return None
-    if source.startswith(("http://", "https://")):
-        if not model:
-            raise UsageError(f"{source}: name the endpoint's model with --judge-model")
-        return Endpoint(source, model, os.environ.get("OPENAI_API_KEY"))
+    if is_address(source):
+        return Endpoint(Client(source, key=os.environ.get("OPENAI_API_KEY")))
     checkpoint = open_checkpoint(model_path(source))
-    return Local(label(source), started(default_engine(checkpoint), checkpoint), checkpoint.tokenizer())
+    start = partial(started, default_engine(checkpoint), checkpoint)
+    return Local(label(source), start, checkpoint.tokenizer())
 
 
 def _data(windows: list[Window], prompts: list[Prompt]) -> list[dict[str, Any]]:
@@ -172,30 +192,19 @@ def _data(windows: list[Window], prompts: list[Prompt]) -> list[dict[str, Any]]:
 
 
 def _command(
-    original: str | Path,
-    candidates: Sequence[str | Path],
-    texts: Sequence[str | Path],
-    prompts: Sequence[Path],
-    tasks: Tasks,
-    protocol: str,
-    windows: int | None,
-    answer_tokens: int,
-    seed: int,
-    ranges: Mapping[str, Range],
+    models: Sequence[str | Path], options: Mapping[str, Sequence[object]], flags: Sequence[str]
 ) -> str:
     """The command line that gives the same figures again."""
-    line = ["poise", "compare", label(original), *map(label, candidates)]
-    for option, values in (("--text", texts), ("--prompts", prompts)):
-        for value in values:
-            line += [option, Path(value).name]
-    for task in tasks.names:
-        line += ["--task", task]
-    line += ["--task-limit", str(tasks.limit)] if tasks.limit else []
-    line += ["--protocol", protocol] if protocol != "windows" else []
-    line += ["--windows", str(windows)] if windows else []
-    line += ["--answer-tokens", str(answer_tokens)] if answer_tokens != 128 else []
-    line += ["--seed", str(seed)] if seed else []
-    for name, wish in ranges.items():
-        for sign, end in ((">=", wish.at_least), ("<=", wish.at_most)):
-            line += ["--gate", f"{name}{sign}{end:g}"] if end is not None else []
-    return shlex.join(line)
+    line = ["poise", "compare", *map(label, models)]
+    line += [word for option, values in options.items() for value in values for word in (option, str(value))]
+    return shlex.join([*line, *flags])
+
+
+def _gates(ranges: Mapping[str, Range]) -> list[str]:
+    """As the command line has them."""
+    return [
+        f"{name}{sign}{end:g}"
+        for name, wish in ranges.items()
+        for sign, end in ((">=", wish.at_least), ("<=", wish.at_most))
+        if end is not None
+    ]

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from poise.calibration.jsonl import document
-from poise.calibration.text import Text, load_text
+from poise.calibration.jsonl import document, read_lines
+from poise.calibration.text import Text, load_text, read_utf8
 from poise.core.errors import UsageError
 
 PROMPTS = ("prompt", "question", "instruction", "input")
@@ -70,6 +70,7 @@ class Prompt:
 
     Attributes:
         text: what the model reads, in its chat template.
+        turns: the conversation behind it, as role and content; none where a model has no template.
         asked: the question alone, as reports show it.
         wanted: the reference answer, if there is one.
         right: number of the right choice.
@@ -80,12 +81,15 @@ class Prompt:
     text: str
     asked: str
     wanted: str | None
+    turns: tuple[tuple[str, str], ...] = ()
     choices: tuple[str, ...] = ()
     right: int = 0
 
     @property
     def key(self) -> str:
-        return _key(asdict(self))
+        return _key(
+            {name: value for name, value in asdict(self).items() if name != "turns"}
+        )  # the text has them
 
 
 def _key(value: Any) -> str:
@@ -156,24 +160,11 @@ def read_prompts(path: Path, tokenizer: Any) -> list[Prompt]:
     Raises:
         UsageError: the file cannot be read, or a line has another shape; names file and line.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: cannot be read ({error})") from error
     found = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            item = json.loads(line)
-        except ValueError as error:
-            raise UsageError(f"{where}: not JSON ({error})") from error
+    for number, (where, item) in enumerate(read_lines(path, read_utf8(path)), 1):
         if not isinstance(item, dict):
             raise UsageError(f"{where}: a {type(item).__name__}; each line is an object")
         found.append(_prompt(item, where, number, path.name, tokenizer))
-    if not found:
-        raise UsageError(f"{path}: has no lines")
     return found
 
 
@@ -181,14 +172,19 @@ def _prompt(item: dict[str, Any], where: str, number: int, file: str, tokenizer:
     named = str(item.get("document", f"{file}, line {number}"))
     domain = str(item.get("domain", file))
     if isinstance(item.get("messages"), list):
-        turns = item["messages"]
-        answered = bool(turns) and isinstance(turns[-1], dict) and turns[-1].get("role") == "assistant"
-        asked = turns[:-1] if answered else turns
+        told = item["messages"]
+        answered = bool(told) and isinstance(told[-1], dict) and told[-1].get("role") == "assistant"
+        asked = told[:-1] if answered else told
         document({"messages": asked}, where, tokenizer)  # says what is wrong with them
         text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-        wanted = str(turns[-1]["content"]) if answered else None
+        wanted = str(told[-1]["content"]) if answered else None
         return Prompt(
-            document=named, domain=domain, text=text, asked=str(asked[-1]["content"]), wanted=wanted
+            document=named,
+            domain=domain,
+            text=text,
+            asked=str(asked[-1]["content"]),
+            wanted=wanted,
+            turns=tuple((str(turn["role"]), str(turn["content"])) for turn in asked),
         )
     text = next((item[key] for key in PROMPTS if isinstance(item.get(key), str)), None)
     if text is None:
@@ -211,11 +207,13 @@ def _prompt(item: dict[str, Any], where: str, number: int, file: str, tokenizer:
             choices=tuple(choices),
             right=right,
         )
+    turns: tuple[tuple[str, str], ...] = ()
     if getattr(tokenizer, "chat_template", None):
+        turns = (("user", text),)
         turn = [{"role": "user", "content": text}]
         text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
     wanted = None if answer is None else str(answer)
-    return Prompt(document=named, domain=domain, text=text, asked=question, wanted=wanted)
+    return Prompt(document=named, domain=domain, text=text, asked=question, wanted=wanted, turns=turns)
 
 
 def _right(answer: Any, choices: list[str], where: str) -> int:

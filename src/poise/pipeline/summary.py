@@ -248,7 +248,29 @@ def fidelity_scores(
     for name, answers in answer_metrics().items():
         if written.applies(answers) and answers.against == "original":
             found.append(_of_answers(written, name, answers, "candidate"))
+        if written.applies(answers) and answers.shifts:
+            found.append(_shift(written, name, answers))
     return tuple(found)
+
+
+def _shift(written: Written, name: str, metric: AnswerMetric) -> Score:
+    """How far single answers moved, either way."""
+    before, after = (
+        _combined(metric, np.column_stack([rows, np.ones(len(rows))]))
+        for rows in (written.columns(metric, "original"), written.columns(metric, "candidate"))
+    )
+    estimate = written.partition.estimate(np.abs(after - before), mean)
+    low, high = estimate.interval(0.95, 0.0)
+    return Score(
+        name=f"{_key(name)}_shift",
+        value=estimate.value,
+        low=low,
+        high=high,
+        unit=metric.unit,
+        protocol=f"absolute change answer by answer, mean; {metric.protocol}",
+        n=estimate.n,
+        n_unscored=estimate.missing,
+    )
 
 
 def _changes(item: Chosen) -> list[Score]:
