@@ -11,7 +11,7 @@ from poise.core import slabs
 from poise.core.errors import PoiseError, UsageError
 from poise.core.registry import build, get
 from poise.training._codes import LearnedWeight
-from poise.training.distill import Distill, _attach, _Divergence, distill_of
+from poise.training.distill import Distill, _attach, _Divergence, answers, distill_of
 
 SPECS = [
     "int(bits=4, group=32)",
@@ -28,7 +28,7 @@ def text(seed, count=24, length=48):
 
 @pytest.fixture
 def pair(model_factory):
-    """The tiny Llama as a trainable model and its bfloat16 copy."""
+    """The tiny Llama as a trainable model, and what it says to the text."""
     with get("engine", "torch")(dtype="float32") as engine:
         engine.load(open_checkpoint(model_factory("llama")))
         model = engine.model
@@ -36,7 +36,7 @@ def pair(model_factory):
             for value in model.parameters():
                 if value.dim() == 2:
                     value.mul_(6)
-        yield model, copy.deepcopy(model).to(torch.bfloat16)
+        yield model, answers(model, text(0), lambda *_: None)
 
 
 def quantized(model, spec):
@@ -92,11 +92,11 @@ def test_the_attached_weight_is_the_decoded_one_and_passes_gradients(pair, spec)
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_tuning_mends_spoiled_scales_and_keeps_the_codes(pair, spec):
-    model, teacher = pair
+    model, original = pair
     weights = {name: spoiled(weight) for name, weight in quantized(model, spec).items()}
     seen = []
     tuned = Distill(steps=30, batch=192, every=10).run(
-        model, teacher, weights, frozenset(), text(0), lambda *facts: seen.append(facts)
+        model, original, weights, frozenset(), text(0), lambda *facts: seen.append(facts)
     )
     assert tuned.after < 0.7 * tuned.before
     assert [facts[0] for facts in seen] == [10, 20, 30]
@@ -141,7 +141,7 @@ def test_learned_codes_begin_as_they_are_and_pass_gradients(spec, monkeypatch):
 
 def test_learned_codes_find_back_from_spoiled_ones(pair):
     """A tenth of the codes is moved by one; scales alone cannot mend that."""
-    model, teacher = pair
+    model, original = pair
     weights = quantized(model, SPECS[1])
     dice = torch.Generator().manual_seed(5)
     for name, weight in weights.items():
@@ -151,7 +151,7 @@ def test_learned_codes_find_back_from_spoiled_ones(pair):
     fresh, found = copy.deepcopy(model), []
     for student, rate in ((model, 0.0), (fresh, 0.02)):
         recipe = Distill(steps=40, batch=192, every=10, code_rate=rate)
-        found.append(recipe.run(student, teacher, weights, frozenset(), text(0), lambda *_: None))
+        found.append(recipe.run(student, original, weights, frozenset(), text(0), lambda *_: None))
     frozen, learned = found
     assert abs(frozen.before - learned.before) < 0.02 * frozen.before
     assert learned.after < 0.8 * frozen.after
@@ -160,11 +160,11 @@ def test_learned_codes_find_back_from_spoiled_ones(pair):
 
 
 def test_training_that_only_hurts_is_given_up(pair):
-    model, teacher = pair
+    model, original = pair
     weights = quantized(model, SPECS[1])
     norms = {name: value.detach().clone() for name, value in model.named_parameters() if value.dim() == 1}
     wild = Distill(steps=4, batch=192, every=2, scale_rate=50.0, norm_rate=50.0)
-    tuned = wild.run(model, teacher, weights, frozenset(), text(0), lambda *_: None)
+    tuned = wild.run(model, original, weights, frozenset(), text(0), lambda *_: None)
     assert tuned.after == tuned.before
     assert tuned.steps == 0
     for name, weight in tuned.weights.items():
@@ -178,10 +178,10 @@ def test_equal_seeds_give_equal_results(model_factory):
         with get("engine", "torch")(dtype="float32") as engine:
             engine.load(open_checkpoint(model_factory("llama")))
             weights = quantized(engine.model, SPECS[0])
-            teacher = copy.deepcopy(engine.model).to(torch.bfloat16)
+            original = answers(engine.model, text(0), lambda *_: None)
             found.append(
                 Distill(steps=3, batch=96, every=1).run(
-                    engine.model, teacher, weights, frozenset(), text(0), lambda *_: None
+                    engine.model, original, weights, frozenset(), text(0), lambda *_: None
                 )
             )
     assert found[0].after == found[1].after
@@ -190,9 +190,9 @@ def test_equal_seeds_give_equal_results(model_factory):
 
 
 def test_a_single_window_is_refused(pair):
-    model, teacher = pair
+    model, original = pair
     with pytest.raises(PoiseError, match="too few"):
-        Distill().run(model, teacher, {}, frozenset(), text(0, 1), lambda *_: None)
+        Distill().run(model, original, {}, frozenset(), text(0, 1), lambda *_: None)
 
 
 def test_specs():

@@ -26,12 +26,12 @@ LIBRARIES = 350_000_000
 """Bytes of transformers' model code and compiled loops, which a dry run does not load."""
 REREAD = 2.4
 """Block passes of the quantized stream: as far as each input group, and once to the end."""
-TRAINED = 14
-"""Bytes a weight of training: original in float32 and bfloat16, what parameters multiply, gradients."""
+TRAINED = 12
+"""Bytes a weight of training: original in float32, what parameters multiply, gradients."""
 LEARNED = 26
 """Further bytes a weight where codes are trained: places, gradients, Adam's two means, levels and their distances."""
-PASSES = 9
-"""Products with each weight in a step of training: twice forward, and backward, with what is computed beside."""
+PASSES = 7
+"""Operations with each weight for a token of training: forward, backward, and what is computed beside."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +115,7 @@ def _reading_cost(checkpoint: Checkpoint, plan: Plan) -> tuple[float, int, int]:
         from poise.training.distill import distill_of
 
         steps = distill_of(plan.tune)
-        seconds += 2 * steps.steps * steps.batch * PASSES / 2 * weights / rate
+        seconds += (2 * tokens + steps.steps * steps.batch * PASSES) * weights / rate
         each = TRAINED + (LEARNED if steps.code_rate else 0)
         memory = max(memory, each * sum(info.numel for info in checkpoint.tensors().values()))
     return seconds, memory, spilled

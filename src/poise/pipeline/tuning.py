@@ -1,8 +1,5 @@
 """After all layers are solved: training of what is not a code, end to end, against the original."""
 
-import copy
-
-import torch
 from torch import Tensor
 
 from poise.checkpoints.linears import Skeleton
@@ -16,7 +13,7 @@ from poise.pipeline.blocks import as_stored, fill
 from poise.pipeline.progress import Progress
 from poise.pipeline.stream import Calibration
 from poise.pipeline.workspace import Workspace
-from poise.training.distill import distill_of
+from poise.training.distill import answers, distill_of
 
 
 def tune(
@@ -54,13 +51,17 @@ def _train(
                 names[place.parameter] = name
             else:
                 fixed.append(name)
-        teacher = copy.deepcopy(engine.model).to(torch.bfloat16)
+        original = answers(
+            engine.model,
+            calibration.windows,
+            lambda done, every: progress("read the original's answers", done, every),
+        )
         for name in fixed:
             fill(engine.model, skeleton, name, as_stored(linears[name], workspace.load(rows[name]).decode()))
         transposed = frozenset(path for path, name in names.items() if linears[name].transposed)
         tuned = recipe.run(
             engine.model,
-            teacher,
+            original,
             trained,
             transposed,
             calibration.windows,

@@ -28,6 +28,20 @@ SMALL = 1e-16
 WARMUP = 8
 """Steps until the learning rate is reached."""
 
+
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """What the original makes of windows, kept so that it is read once and not in memory afterwards.
+
+    Attributes:
+        states: what its head reads, bfloat16 [windows, length, hidden].
+        head: its output embedding, bfloat16 [vocabulary, hidden].
+    """
+
+    states: Tensor
+    head: Tensor
+
+
 Seen = Callable[[int, int, float, float], None]
 """Called with (steps done, steps, loss, loss on held-back windows) after every evaluation."""
 
@@ -83,7 +97,7 @@ class Distill:
     def run(
         self,
         model: Any,
-        teacher: Any,
+        original: Answers,
         weights: dict[str, QTensor],
         transposed: frozenset[str],
         windows: Sequence[Sequence[int]],
@@ -93,7 +107,7 @@ class Distill:
 
         Args:
             model: in float32, as transformers runs it; every weight that is not among ``weights`` as it will stay.
-            teacher: the original, in bfloat16.
+            original: ``answers`` of the original to the windows.
             weights: parameter of the model -> its quantized weight.
             transposed: parameters that the model stores as [in, out].
             windows: token ids, all of one length.
@@ -104,9 +118,19 @@ class Distill:
         count = max(1, round(self.held * len(windows)))
         if len(windows) < 2 * count:
             raise PoiseError(f"{len(windows)} windows are too few to tune on and to hold some back")
-        held, train = windows[-count:], windows[:-count]
-        batch = max(1, self.batch // len(windows[0]))
+        train, held = list(range(len(windows) - count)), list(range(len(windows) - count, len(windows)))
+        ids, batch = torch.tensor(windows), max(1, self.batch // len(windows[0]))
         model.requires_grad_(False)
+        head = _head(model)
+
+        def loss_of(some: list[int]) -> Tensor:
+            return divergence(_states(model, ids[some]), head, original.states[some], original.head)
+
+        def judge() -> float:
+            parts = [held[start : start + batch] for start in range(0, count, batch)]
+            with torch.no_grad():
+                return sum(float(loss_of(part)) * len(part) for part in parts) / count
+
         parts = {
             name: _attach(model, name, weight, name in transposed, self.code_rate > 0)
             for name, weight in weights.items()
@@ -124,14 +148,10 @@ class Distill:
         tuned = [*norms.values(), *scales, *places]
         for value in tuned:
             value.requires_grad_(True)
-        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), eps=SMALL)
+        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), eps=SMALL, fused=True)
         rates = [float(group["lr"]) for group in optimizer.param_groups]
         dice = torch.Generator().manual_seed(self.seed)
-        best, best_step, before = (
-            [value.detach().clone() for value in tuned],
-            0,
-            self._judge(model, teacher, held),
-        )
+        best, best_step, before = [value.detach().clone() for value in tuned], 0, judge()
         least, order = before, list[int]()
         for step in range(1, self.steps + 1):
             if len(order) < batch:
@@ -139,12 +159,12 @@ class Distill:
             pick, order = order[:batch], order[batch:]
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * min(1, step / WARMUP) * (0.05 + 0.95 * _cosine(step / self.steps))
-            loss = divergence(model, teacher, [train[number] for number in pick])
+            loss = loss_of([train[number] for number in pick])
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             if step % self.every == 0 or step == self.steps:
-                now = self._judge(model, teacher, held)
+                now = judge()
                 if now < least:
                     least, best_step, best = now, step, [value.detach().clone() for value in tuned]
                 seen(step, self.steps, float(loss.detach()), now)
@@ -157,14 +177,6 @@ class Distill:
             after=least,
             steps=best_step,
         )
-
-    def _judge(self, model: Any, teacher: Any, windows: Sequence[Sequence[int]]) -> float:
-        batch = max(1, self.batch // len(windows[0]))
-        with torch.no_grad():
-            parts = [windows[start : start + batch] for start in range(0, len(windows), batch)]
-            return sum(float(divergence(model, teacher, part).detach()) * len(part) for part in parts) / len(
-                windows
-            )
 
 
 def distill_of(spec: str) -> Distill:
@@ -182,23 +194,42 @@ def distill_of(spec: str) -> Distill:
         raise UsageError(f"{spec}: {error}") from error
 
 
-def divergence(model: Any, teacher: Any, windows: Sequence[Sequence[int]]) -> Tensor:
-    """Mean divergence of the model's next-token distributions from the teacher's, nats a token."""
-    ids = torch.tensor(windows)
+def answers(model: Any, windows: Sequence[Sequence[int]], progress: Callable[[int, int], None]) -> Answers:
+    """Reads the windows with the original.
+
+    Args:
+        model: in float32, as transformers runs it; computes in bfloat16.
+        progress: told the windows that are read, and all of them.
+    """
+    states = []
     with torch.no_grad():
-        wanted = _states(teacher, ids)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        states = _states(model, ids)
-    heads = [item.get_output_embeddings().weight.detach().to(torch.bfloat16) for item in (model, teacher)]
-    flat = states.to(torch.bfloat16).flatten(0, 1), wanted.flatten(0, 1)
-    found: Tensor = _Divergence.apply(*flat, *heads)  # type: ignore[no-untyped-call]
+        for number, window in enumerate(windows, 1):
+            states.append(_states(model, torch.tensor([window])))
+            progress(number, len(windows))
+    return Answers(states=torch.cat(states), head=_head(model))
+
+
+def divergence(states: Tensor, head: Tensor, wanted: Tensor, original: Tensor) -> Tensor:
+    """Mean divergence of next-token distributions from the original's, nats a token.
+
+    Args:
+        states, wanted: what the heads read, [..., hidden].
+        head, original: the heads, [vocabulary, hidden].
+    """
+    found: Tensor = _Divergence.apply(states.flatten(0, -2), wanted.flatten(0, -2), head, original)  # type: ignore[no-untyped-call]
     return found
 
 
 def _states(model: Any, ids: Tensor) -> Tensor:
     """What the head reads."""
-    states: Tensor = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    return states
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        states: Tensor = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    return states.to(torch.bfloat16)
+
+
+def _head(model: Any) -> Tensor:
+    weight: Tensor = model.get_output_embeddings().weight.detach()
+    return weight.to(torch.bfloat16)
 
 
 class _Divergence(torch.autograd.Function):
