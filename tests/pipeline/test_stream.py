@@ -148,6 +148,21 @@ def test_presets_shrink_every_architecture(model_factory, tmp_path):
         assert all(better)
 
 
+def test_what_a_block_read_leaves_the_disk_with_the_block(llama, tmp_path, monkeypatch):
+    """Nothing in memory: all inputs are spilled, and those of layers that are done are gone again."""
+    monkeypatch.setattr(stream, "READ", 0)
+    kept, inputs = [], tmp_path / "out.partial" / "stream" / "inputs"
+
+    def seen(stage, done, total):
+        if stage.startswith("quantize"):
+            kept.append({path.name for path in inputs.iterdir()} if inputs.exists() else set())
+
+    poise.quantize(llama, RECIPE, tmp_path / "out", to="compressed-tensors", progress=seen)
+    assert max(map(len, kept)) == 4  # the input groups of one block
+    assert kept[-1] <= {"model.layers.1.mlp.down_proj"}
+    assert all(len({name.split(".")[2] for name in names}) <= 1 for names in kept)
+
+
 def test_spool_gives_back_what_it_took_from_memory_and_from_disk(tmp_path):
     values = [
         torch.randn(5, number + 1, generator=torch.Generator().manual_seed(number)) for number in range(6)

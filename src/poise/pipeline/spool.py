@@ -1,5 +1,6 @@
 """A row of tensors of which only as many are in memory as a budget allows; the others wait on disk."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -53,6 +54,12 @@ class Spool:
             return self._kept[number]
         flat = torch.from_numpy(np.fromfile(self._file(number), dtype=np.float32))
         return flat.view(self._shapes[number])
+
+    def close(self) -> None:
+        """Forgets everything and frees the disk."""
+        self._kept.clear()
+        self._shapes.clear()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _file(self, number: int) -> Path:
         return self.folder / f"{number}.f32"

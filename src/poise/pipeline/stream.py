@@ -273,7 +273,8 @@ class _Stream:
                     self.work.solve(row, moments.stats(linear, self.calibration.hash))
                     self.blocks.put(linear, self.work.workspace.load(row).decode())
             for name in together:
-                read.pop(name, None)
+                if name in read:
+                    read.pop(name).close()
         for number, hidden in enumerate(self.quantized):
             self.quantized[number] = self.blocks.run(hidden)
 
