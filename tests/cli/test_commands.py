@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 
@@ -12,26 +11,9 @@ import pytest
 from typer.testing import CliRunner
 
 import poise
-from poise.cli import app, main
+from poise.cli import app
 from poise.core.artifact import Artifact
 from poise.core.errors import MissingExtra
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Runs the command line in this process: (exit code, stdout, stderr)."""
-    before = signal.getsignal(signal.SIGINT)
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["poise", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main()
-        out, err = capsys.readouterr()
-        return ended.value.code or 0, out, err
-
-    yield call
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="module")

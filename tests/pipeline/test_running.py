@@ -113,7 +113,8 @@ def test_an_endpoint_that_stops_in_the_middle_is_asked_for_the_rest_only(llama, 
     verdict = poise.compare(llama, [stub.url], **wish)
     assert [body["prompt"] for body in stub.seen] == ["what sat on mat 2?"]
     assert len(verdict.rows[0].answers) == 3
-    assert (tmp_path / "out" / "report.html").exists()
+    for name in ("report.html", "report.md"):
+        assert not re.search(r"\bnan\b", (tmp_path / "out" / name).read_text(), re.IGNORECASE)
 
 
 def test_a_conversation_is_sent_as_turns(stub):

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from poise.cli import terminal
+from poise.cli import terminal, vote
 from poise.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -52,6 +52,9 @@ def run(
         ),
     ] = None,
     efficiency: Annotated[bool, typer.Option(help="measure memory and latency too")] = False,
+    human: Annotated[
+        bool, typer.Option("--human", help="then serve the blind page where people vote, as poise vote does")
+    ] = False,
     force: Annotated[bool, typer.Option(help="read texts that a candidate was calibrated on")] = False,
     seed: Annotated[int, typer.Option(help="of the draws behind intervals")] = 0,
     out: Annotated[
@@ -72,6 +75,8 @@ def run(
     from poise.reports import console
     from poise.reports.verdict import verdict_json
 
+    if human and not prompts:
+        raise UsageError("--human needs --prompts: people vote on answers")
     with terminal.progress() as progress:
         verdict = pipeline.compare(
             original,
@@ -96,6 +101,8 @@ def run(
         print(verdict_json(verdict), end="")
     else:
         console.print_verdict(terminal.out, verdict, out)
+    if human:
+        vote.run(out)
     code = {FAIL: FAILED, INCONCLUSIVE: UNDECIDED}.get(verdict.verdict, 0)
     if code:
         raise typer.Exit(code)

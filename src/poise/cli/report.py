@@ -9,7 +9,7 @@ from poise.cli import terminal
 
 
 def run(
-    verdict: Annotated[Path, typer.Argument(help="verdict.json of poise compare")],
+    verdict: Annotated[Path, typer.Argument(help="folder of poise compare, or its verdict.json")],
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", help="folder for report.html and report.md; default: beside it"),
@@ -19,10 +19,11 @@ def run(
 
     Example:
 
-      poise report comparison/verdict.json -o elsewhere
+      poise report comparison -o elsewhere
     """
     from poise.reports.verdict import read_verdict, write_verdict
 
-    folder = out or verdict.parent
-    write_verdict(read_verdict(verdict), folder)
+    file = verdict / "verdict.json" if verdict.is_dir() else verdict
+    folder = out or file.parent
+    write_verdict(read_verdict(file), folder)
     terminal.out.print(f"{folder / 'report.html'}", highlight=False)
