@@ -1,6 +1,6 @@
 """Whether metrics order models as their bits do: SmolLM2-135M-Instruct at 8, 6, 5, 4, 3 and 2 bits: docs/ranking.json.
 
-    python benchmarks/ranking.py [--windows 24] [--answer-tokens 48] [--solver search]
+    python benchmarks/ranking.py [--windows 8] [--answer-tokens 48] [--solver search]
 
 Integers in groups of 64, asymmetric, all linears of the blocks. Text is technical prose (docstrings of torch and numpy) and the short text that
 comes with Poise; prompts are 96: to explain a thing, to write a poem about it, and questions
@@ -100,8 +100,8 @@ COUNTRIES = [
 ]
 EXEMPT = ("kl_noise_floor", "size", "bits_per_weight", "length", "broken_tags", "endless", "loops")
 """Neither fidelity nor proxies of quality, or yes and no of rare events."""
-OWN = ("compression", "distinct", "self_bleu")
-"""Proxies of variety: most widths keep as much of it, with other words; what can order them is how far their answers moved."""
+OWN = ("compression", "distinct", "relevance", "self_bleu")
+"""Proxies of which most widths keep as much, with other words; what can order them is how far their answers moved."""
 
 
 def quantize(original: Path, bits: int, solver: str) -> Path:
@@ -121,7 +121,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--windows", type=int, default=24, help="of each text")
+    parser.add_argument("--windows", type=int, default=8, help="of each text")
     parser.add_argument("--answer-tokens", type=int, default=48)
     parser.add_argument("--solver", default="search")
     arguments = parser.parse_args()

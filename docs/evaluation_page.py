@@ -60,7 +60,7 @@ def ranking_parts(facts: dict[str, Any]) -> list[str]:
         "## Order by bits",
         "`make bench-ranking`: SmolLM2-135M-Instruct at six widths, integers in groups of 64, ranges by search. Spearman's correlation of each "
         "metric with the bits; the bar is 0.9 for all but those in brackets, which are neither fidelity nor proxies of quality, or are "
-        "a model's own variety, of which most widths keep as much; what can order them is the shift, how far single answers moved. The last "
+        "a model's own variety and relevance, of which most widths keep as much; what can order them is the shift, how far single answers moved. The last "
         "column has neighbours whose 95 % intervals overlap.",
         "\n".join(rows),
     ]

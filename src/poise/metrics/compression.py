@@ -14,6 +14,7 @@ class Compression(AnswerMetric):
 
     unit: ClassVar[str] = "ratio"
     protocol: ClassVar[str] = f"zlib level 9, first {LENGTH} characters, mean of answers"
+    ratio: ClassVar[bool] = True
     shifts: ClassVar[bool] = True
 
     def columns(self, answer: Answer, other: Answer) -> list[float]:

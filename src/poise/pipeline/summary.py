@@ -254,11 +254,13 @@ def fidelity_scores(
 
 
 def _shift(written: Written, name: str, metric: AnswerMetric) -> Score:
-    """How far single answers moved, either way."""
+    """How far single answers moved, either way; of what is compared by quotients, the logarithm of theirs."""
     before, after = (
         _combined(metric, np.column_stack([rows, np.ones(len(rows))]))
         for rows in (written.columns(metric, "original"), written.columns(metric, "candidate"))
     )
+    if metric.ratio:
+        before, after = np.log(before), np.log(after)
     estimate = written.partition.estimate(np.abs(after - before), mean)
     low, high = estimate.interval(0.95, 0.0)
     return Score(
@@ -266,8 +268,8 @@ def _shift(written: Written, name: str, metric: AnswerMetric) -> Score:
         value=estimate.value,
         low=low,
         high=high,
-        unit=metric.unit,
-        protocol=f"absolute change answer by answer, mean; {metric.protocol}",
+        unit="nats" if metric.ratio else metric.unit,
+        protocol=f"absolute change {'of the logarithm, ' if metric.ratio else ''}answer by answer, mean; {metric.protocol}",
         n=estimate.n,
         n_unscored=estimate.missing,
     )
