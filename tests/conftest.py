@@ -1,7 +1,9 @@
-"""Tiny random models of many architectures, built once a session."""
+"""Tiny random models of many architectures, built once a session; the command line in this process."""
 
 import json
 import os
+import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -130,3 +132,22 @@ def copy_of(tmp_path):
 
 def edit_json(path: Path, **changes: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs the command line in this process: (exit code, stdout, stderr)."""
+    from poise.cli import main
+
+    before = signal.getsignal(signal.SIGINT)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["poise", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = capsys.readouterr()
+        return ended.value.code or 0, out, err
+
+    yield call
+    signal.signal(signal.SIGINT, before)
