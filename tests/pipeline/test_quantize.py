@@ -26,6 +26,16 @@ def contents(folder):
     }
 
 
+def test_the_record_says_where_time_went(llama, tmp_path):
+    poise.quantize(llama, "mobile", tmp_path / "out", to=["gguf", "compressed-tensors"])
+    for name in ("gguf", "compressed-tensors"):
+        record = json.loads((tmp_path / "out" / f"{name}.run.json").read_text())
+        assert set(record["stages"]) == {"solve", "export"}
+        assert min(record["stages"].values()) > 0
+        assert sum(record["stages"].values()) <= record["wall_seconds"] + 0.01
+        assert record["peak_memory"] > 1 << 20
+
+
 @pytest.mark.parametrize("exporter", names("exporter"))
 @pytest.mark.parametrize("recipe", ["mobile", "edge", "layer-types", "original"])
 def test_shipped_recipes_make_whole_artifacts(llama, tmp_path, exporter, recipe):

@@ -106,13 +106,14 @@ def quantize(
         with explain_full_disk(
             job.out.parent, f"free some and --resume: finished matrices are in {workspace.path}"
         ):
-            windows = reading.calibration(workspace, progress)
-            first = windows and windows.first(tokens_of(job.plan))
-            source = transformed(planned, job.plan, first, workspace, progress)
-            solve_plan(source, job.plan, first if wants_stats(job.plan) else None, workspace, progress)
-            source = corrected(source, job.plan, first, workspace, progress)
-            if job.plan.tune is not None and windows is not None:
-                source = tune(source, job.plan, windows, workspace, progress)
+            with run.stage("solve"):
+                windows = reading.calibration(workspace, progress)
+                first = windows and windows.first(tokens_of(job.plan))
+                source = transformed(planned, job.plan, first, workspace, progress)
+                solve_plan(source, job.plan, first if wants_stats(job.plan) else None, workspace, progress)
+                source = corrected(source, job.plan, first, workspace, progress)
+                if job.plan.tune is not None and windows is not None:
+                    source = tune(source, job.plan, windows, workspace, progress)
             if windows is not None:
                 tokenizer = checkpoint.tokenizer()
                 shingles = fingerprint(tokenizer.decode(window) for window in windows.windows)
@@ -229,14 +230,15 @@ def _assemble(
     shingles: Hashes | None,
     progress: Progress,
 ) -> Artifact:
-    progress("export", 0, 1)
-    folder = workspace.fresh_artifact()
-    rows = {row.name: row for row in job.plan.quantized}
-    with one_thread_each():  # packing waits for memory, not for arithmetic
-        model = job.exporter.export(checkpoint, job.plan, lambda name: workspace.load(rows[name]), folder)
-    progress("export", 1, 1)
-    exported = open_checkpoint(model)
-    _read_back(checkpoint, exported, job, workspace, progress)
+    with run.stage("export"):
+        progress("export", 0, 1)
+        folder = workspace.fresh_artifact()
+        rows = {row.name: row for row in job.plan.quantized}
+        with one_thread_each():  # packing waits for memory, not for arithmetic
+            model = job.exporter.export(checkpoint, job.plan, lambda name: workspace.load(rows[name]), folder)
+        progress("export", 1, 1)
+        exported = open_checkpoint(model)
+        _read_back(checkpoint, exported, job, workspace, progress)
     manifest = _manifest(checkpoint, exported, job, run, model.relative_to(folder).as_posix())
     if shingles is not None:
         shingles.astype("<i8").tofile(folder / SHINGLES)
