@@ -1,5 +1,6 @@
 """The main job: deterministic, resumable at any point, and nothing half-done is left as an output."""
 
+import json
 import random
 import signal
 import subprocess
