@@ -60,7 +60,7 @@ def quality_parts(facts: dict[str, Any]) -> list[str]:
         f"`make bench-quality TEXT=FILE`, SmolLM2-135M-Instruct, {count} windows of 512 tokens, two cores. KL divergence to "
         "the original in nats a token, with 95 % intervals. `held-out` is the half of the text that was not calibrated on, "
         "`docstrings` another domain. Peers got the same tokens, in environments of their own (`benchmarks/peers/`); ratios are of the same "
-        "windows, with 95 % bootstrap intervals. Seconds are of the quantization alone, reading of text included, without loading and writing the model.",
+        "windows, with 95 % bootstrap intervals. Seconds are of the quantization, reading of text included; those of peers are without loading and writing the model.",
         "\n".join(rows),
     ]
 
