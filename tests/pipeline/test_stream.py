@@ -15,6 +15,7 @@ from poise.pipeline.moments import Moments
 from poise.pipeline.spool import Spool
 from poise.planning.presets import preset_recipe
 from poise.solvers.rtn import Rtn
+from poise.training.distill import Distill
 
 RECIPE = preset_recipe("balanced", 3, 32)
 
@@ -118,6 +119,23 @@ def test_a_run_that_was_interrupted_anywhere_resumes_to_the_same_bytes(llama, tm
         with pytest.raises(KeyboardInterrupt):
             poise.quantize(llama, recipe, tmp_path / "out", to="compressed-tensors", resume=True)
     monkeypatch.setattr(stream, "solve_matrix", whole)
+    poise.quantize(llama, recipe, tmp_path / "out", to="compressed-tensors", resume=True)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_run_interrupted_while_it_tunes_reads_no_block_again(llama, tmp_path, monkeypatch):
+    recipe = dataclasses.replace(preset_recipe("best", 3, 32), tune="distill(steps=4, every=2)", tokens=4096)
+    poise.quantize(llama, recipe, tmp_path / "whole", to="compressed-tensors")
+    whole = Distill.run
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Distill, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        poise.quantize(llama, recipe, tmp_path / "out", to="compressed-tensors")
+    monkeypatch.setattr(Distill, "run", whole)
+    monkeypatch.setattr(stream._Stream, "run", lambda _: pytest.fail("reads the blocks again"))
     poise.quantize(llama, recipe, tmp_path / "out", to="compressed-tensors", resume=True)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 

@@ -93,11 +93,8 @@ def solve_plan(
         PoiseError: what is finished is kept in the workspace for the next attempt.
     """
     work = _Work(checkpoint, plan, workspace, progress)
-    if calibration is None:
-        work.solve_all(plan.quantized)
-        return
-    stream = _Stream(work, calibration)
-    stream.run()
+    if calibration is not None and not all(workspace.has(row) for row in plan.quantized):
+        _Stream(work, calibration).run()
     work.solve_all(row for row in plan.quantized if row.name not in work.finished)
 
 
