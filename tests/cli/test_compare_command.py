@@ -82,3 +82,13 @@ def test_a_report_is_written_again_from_its_json(run, llama, tmp_path):
     code, _, _ = run("report", tmp_path / "out")
     assert code == 0
     assert (tmp_path / "out" / "report.html").read_bytes() == before
+
+
+def test_without_a_terminal_progress_is_a_line_now_and_then(run, llama, tmp_path, monkeypatch):
+    _, _, quiet = run("compare", llama, llama, *FEW, "-o", tmp_path / "quiet")
+    assert quiet == ""
+    monkeypatch.setattr("poise.cli.terminal.EVERY", 0.0)
+    _, out, told = run("compare", llama, llama, *FEW, "-o", tmp_path / "out", "--json")
+    assert json.loads(out)["verdict"] == "pass"
+    assert "100%" in told
+    assert all(line.endswith("%") for line in told.splitlines())
