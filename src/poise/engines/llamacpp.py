@@ -176,19 +176,22 @@ class LlamaCpp(Engine):
             for number, tokens in enumerate(prompts):
                 for start in range(0, len(tokens), BATCH):
                     part = tokens[start : start + BATCH]
-                    scores = self._decode_several(part, range(start, start + len(part)), [number] * len(part))
-                made[number].append(int(scores[-1].argmax()))
+                    run = range(start, start + len(part))
+                    scores = self._decode_several(part, run, [number] * len(part), last=1)
+                made[number].append(int(scores.argmax()))
             for step in range(1, n):
-                places = [len(prompts[number]) + step - 1 for number in every]
-                scores = self._decode_several([made[number][-1] for number in every], places, every)
+                places = [len(tokens) + step - 1 for tokens in prompts]
+                scores = self._decode_several([m[-1] for m in made], places, every, last=len(made))
                 for tokens, best in zip(made, scores.argmax(-1).tolist(), strict=True):
                     tokens.append(best)
         finally:
             self._make_room(self.context)
         return made
 
-    def _decode_several(self, tokens: list[int], places: Sequence[int], texts: list[int]) -> Tensor:
-        """Scores after each of some tokens, which stand at places of texts: [tokens, vocabulary]."""
+    def _decode_several(
+        self, tokens: list[int], places: Sequence[int], texts: list[int], last: int
+    ) -> Tensor:
+        """Scores after the last of some tokens, which stand at places of texts: [last, vocabulary]."""
         count = len(tokens)
         numbers = [(c_int32 * 1)(text) for text in texts]
         positions = (c_int32 * count)(*places)
@@ -200,10 +203,10 @@ class LlamaCpp(Engine):
             pos=ctypes.addressof(positions),
             n_seq_id=ctypes.addressof(lengths),
             seq_id=ctypes.addressof(owners),
-            logits=(c_int8 * count)(*[1] * count),
+            logits=(c_int8 * count)(*[0] * (count - last), *[1] * last),
         )
-        scores = (c_float * (count * self._vocabulary)).from_address(self._run(batch))
-        return torch.frombuffer(scores, dtype=torch.float32).reshape(count, self._vocabulary)
+        scores = (c_float * (last * self._vocabulary)).from_address(self._run(batch))
+        return torch.frombuffer(scores, dtype=torch.float32).reshape(last, self._vocabulary)
 
     def tokenize(self, text: str, special: bool = False) -> list[int]:
         """Token ids by llama.cpp's own tokenizer; no beginning or end is added.
