@@ -1,8 +1,9 @@
 """The contract of a metric: (reference, candidate) -> scores, paired on the same samples."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import ClassVar
 
 import torch
@@ -37,6 +38,20 @@ class Score:
     n: int = 1
     n_unscored: int = 0
     rounds: tuple[float, ...] = ()
+
+    @classmethod
+    def of_rounds(cls, name: str, values: Sequence[float], unit: str, protocol: str) -> "Score":
+        """Median of repeated measurements, with their range as interval."""
+        return cls(
+            name=name,
+            value=median(values),
+            low=min(values),
+            high=max(values),
+            unit=unit,
+            protocol=protocol,
+            n=len(values),
+            rounds=tuple(values),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,6 @@ import math
 import time
 from contextlib import ExitStack
 from itertools import pairwise
-from statistics import median
 from typing import ClassVar
 
 import numpy as np
@@ -60,15 +59,8 @@ class Latency(SystemMetric):
 
     def _several(self, n: int, speeds: list[float], subject: Subject) -> Score:
         protocol = self.protocol.replace("one stream", f"{n} streams in one batch")
-        return Score(
-            name=f"throughput_at_{n}",
-            value=median(speeds),
-            low=min(speeds),
-            high=max(speeds),
-            unit="tokens/s",
-            protocol=f"{protocol}, engine {subject.engine}",
-            n=len(speeds),
-            rounds=tuple(speeds),
+        return Score.of_rounds(
+            f"throughput_at_{n}", speeds, "tokens/s", f"{protocol}, engine {subject.engine}"
         )
 
     def _percentile(self, share: float, gaps: list[float], subject: Subject) -> Score:
@@ -101,16 +93,7 @@ class Latency(SystemMetric):
         )
 
     def _score(self, name: str, values: list[float], unit: str, subject: Subject) -> Score:
-        return Score(
-            name=name,
-            value=median(values),
-            low=min(values),
-            high=max(values),
-            unit=unit,
-            protocol=f"{self.protocol}, engine {subject.engine}",
-            n=len(values),
-            rounds=tuple(values),
-        )
+        return Score.of_rounds(name, values, unit, f"{self.protocol}, engine {subject.engine}")
 
 
 def _prompt(stream: int = 0) -> list[int]:

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from poise.checkpoints.running import Running
@@ -133,13 +132,5 @@ def _timed(client: Client, number: int) -> tuple[int, float]:
 
 
 def _score(name: str, values: list[float], unit: str, streams: int, client: Client) -> Score:
-    return Score(
-        name=name,
-        value=median(values),
-        low=min(values),
-        high=max(values),
-        unit=unit,
-        protocol=f"{streams} streams at once, {GENERATED} tokens out, median and range of {ROUNDS} rounds, {client.name}",
-        n=len(values),
-        rounds=tuple(values),
-    )
+    protocol = f"{streams} streams at once, {GENERATED} tokens out, median and range of {ROUNDS} rounds, {client.name}"
+    return Score.of_rounds(name, values, unit, protocol)
