@@ -1,8 +1,10 @@
 """Ladders of a scalar format's values, sorted, and codes as positions in them."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from poise.core.format import Format, Params
@@ -52,6 +54,12 @@ def ladders_of(format: Format, params: Params, rows: int, columns: int) -> Ladde
     return Ladders(values.contiguous(), alphabet[order], group)
 
 
+def bits(values: Tensor) -> NDArray[Any]:
+    """bfloat16 as its 16 bits, for loops that have no such number; the same memory."""
+    array: NDArray[Any] = values.view(torch.int16).numpy().view(np.uint16)
+    return array
+
+
 def places_of(weight: Tensor, ladders: Ladders) -> Tensor:
     """Where weights are, [rows, columns]."""
     place = torch.empty_like(weight)
@@ -83,7 +91,7 @@ class LinearLadders:
         self, format: Format, params: Params, ladders: Ladders, keys: tuple[str, ...], columns: int
     ) -> None:
         rows, wide = len(ladders.values), format.group_of(columns)
-        self.params, self.group = params, ladders.group
+        self.params, self.group, self.wide = params, ladders.group, wide
         self.entries: dict[str, Tensor] = {}
         self.parts: dict[str, Tensor] = {}
         if not keys:
@@ -121,10 +129,9 @@ class LinearLadders:
         lean(*(array.numpy() for array in arrays))
         return found * self.params[key].float()
 
-    def collected(self, key: str, gradient: Tensor, index: Tensor, rows: slice) -> Tensor:
-        """Gradient for a parameter of some rows, levels given."""
+    def collected(self, key: str, gradient: Tensor, place: Tensor, rows: slice) -> Tensor:
+        """Gradient for a parameter of some rows, for the levels nearest to places; ``gradient`` is bfloat16."""
         found = torch.zeros(self.params[key][rows].shape)
-        entry = self.entries[key][self.group.long()].contiguous()
-        arrays = (gradient[rows], index[rows], self.parts[key][rows], self.group, entry, found)
-        collect(*(array.numpy() for array in arrays))
+        arrays = (bits(gradient[rows]), place[rows].numpy(), self.parts[key][rows].numpy())
+        collect(*arrays, self.wide, self.entries[key].numpy(), found.numpy())
         return found

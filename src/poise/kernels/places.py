@@ -9,10 +9,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.kernels import fast
+from poise.kernels import fast, inlined
 
 Floats = NDArray[np.float32]
 Ints = NDArray[Any]
+
+
+@inlined
+def _level(place: np.float32, last: np.int32) -> np.uint32:
+    """The level nearest to a place; unsigned, so that no index can count from the end."""
+    k = np.int32(np.floor(place + np.float32(0.5)))
+    return np.uint32(min(max(k, np.int32(0)), last))
 
 
 @fast
@@ -97,17 +104,77 @@ def lean(
 
 
 @fast
-def collect(gradient: Floats, index: Ints, parts: Floats, group: Ints, entry: Ints, slope: Floats) -> None:
+def values_at(place: Floats, ladders: Ints, wide: int, value: Ints) -> None:
+    """Values of the levels nearest to places.
+
+    Args:
+        place: [rows, n].
+        ladders: [rows, groups, levels], bfloat16 as its 16 bits.
+        wide: columns of a group.
+        value: [rows, n], receives them, bfloat16 as its 16 bits.
+    """
+    rows, n = place.shape
+    last = np.int32(ladders.shape[2] - 1)
+    for r in range(rows):
+        for start in range(0, n, wide):
+            ladder = ladders[r, start // wide]
+            for j in range(start, min(start + wide, n)):
+                value[r, j] = ladder[_level(place[r, j], last)]
+
+
+@fast
+def pass_through(gradient: Ints, place: Floats, ladders: Floats, wide: int, slope: Floats) -> None:
+    """Gradient for places, as if values did not jump: times the distance of the two levels around; zero beyond the ends.
+
+    Args:
+        gradient: [rows, n], of the loss for the values, bfloat16 as its 16 bits.
+        place: [rows, n].
+        ladders: [rows, groups, levels], ascending.
+        wide: columns of a group.
+        slope: [rows, n], receives it.
+    """
+    rows, n = place.shape
+    last = np.int32(ladders.shape[2] - 1)
+    bits = np.empty(n, np.uint32)
+    line = bits.view(np.float32)
+    gaps = np.empty(last, np.float32)
+    for r in range(rows):
+        for j in range(n):
+            bits[j] = np.uint32(gradient[r, j]) << np.uint32(16)
+        for start in range(0, n, wide):
+            ladder = ladders[r, start // wide]
+            for k in range(last):
+                gaps[k] = ladder[k + 1] - ladder[k]
+            for j in range(start, min(start + wide, n)):
+                p = place[r, j]
+                level = np.int32(np.floor(p + np.float32(0.5)))
+                inside = (level >= np.int32(0)) & (level <= last)
+                gap = gaps[np.uint32(min(max(np.int32(np.floor(p)), np.int32(0)), last - np.int32(1)))]
+                slope[r, j] = line[j] * (gap if inside else np.float32(0))
+
+
+@fast
+def collect(gradient: Ints, place: Floats, parts: Floats, wide: int, entry: Ints, slope: Floats) -> None:
     """Gradient for the entries of a linear parameter, levels given.
 
     Args:
-        gradient: [rows, n], of the loss for the values.
-        index: [rows, n].
+        gradient: [rows, n], of the loss for the values, bfloat16 as its 16 bits.
+        place: [rows, n].
         parts: [rows, groups, levels], what the parameter multiplies.
-        entry: [n], which of the parameter's entries a column has.
+        wide: columns of a group.
+        entry: [groups], which of the parameter's entries a group has.
         slope: [rows, entries], zeros, receives the gradient.
     """
-    rows, n = gradient.shape
+    rows, n = place.shape
+    last = np.int32(parts.shape[2] - 1)
+    bits = np.empty(n, np.uint32)
+    line = bits.view(np.float32)
     for r in range(rows):
         for j in range(n):
-            slope[r, entry[j]] += gradient[r, j] * parts[r, group[j], index[r, j]]
+            bits[j] = np.uint32(gradient[r, j]) << np.uint32(16)
+        for start in range(0, n, wide):
+            part = parts[r, start // wide]
+            total = np.float32(0)
+            for j in range(start, min(start + wide, n)):
+                total += line[j] * part[_level(place[r, j], last)]
+            slope[r, entry[start // wide]] += total

@@ -5,7 +5,6 @@ the loss falls with the place as fast as it would if the value did not jump. (Be
 in units of levels, as in LSQ, Esser et al. 2019, arXiv 1902.08153.)
 """
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,8 +12,8 @@ from torch import Tensor, nn
 
 from poise.core.format import QTensor
 from poise.core.slabs import map_slabs
-from poise.kernels.ladders import LinearLadders, begin, ladders_of
-from poise.kernels.places import settle
+from poise.kernels.ladders import LinearLadders, begin, bits, ladders_of
+from poise.kernels.places import pass_through, values_at
 
 INSIDE = 0.4
 """How far from its level a place may begin: noise of the first steps moves no code."""
@@ -57,8 +56,8 @@ class LearnedWeight(nn.Module):
     def result(self) -> QTensor:
         """Codes and parameters of now, as they are stored."""
         linear = {key: value.detach() for key, value in self.linear.items()}
-        values = _values(self.parts, self.ladders.values, linear)
-        index, _, _ = _settled(self.places.detach(), values, self.parts)
+        last = self.ladders.values.shape[2] - 1
+        index = (self.places.detach() + 0.5).floor_().clamp_(0, last)
         params = {
             key: linear[key].to(value.dtype) if key in linear else value
             for key, value in self.weight.params.items()
@@ -73,42 +72,28 @@ class _Settle(torch.autograd.Function):
     def forward(
         ctx: Any, parts: LinearLadders, fixed: Tensor, keys: list[str], places: Tensor, *linear: Tensor
     ) -> Tensor:
-        values = _values(parts, fixed, dict(zip(keys, linear, strict=True)))
-        index, value, gap = _settled(places, values, parts)
+        # Of a format without linear parameters, the ladders that it has.
+        values = parts.values(dict(zip(keys, linear, strict=True))) if keys else fixed
+        stored, found = values.to(torch.bfloat16), torch.empty(places.shape, dtype=torch.bfloat16)
+        plain = places.detach()  # threads of slabs do not know that no gradient is wanted
+
+        def work(rows: slice) -> None:
+            values_at(plain[rows].numpy(), bits(stored[rows]), parts.wide, bits(found[rows]))
+
+        map_slabs(work, *places.shape)
         ctx.parts, ctx.keys = parts, keys
-        ctx.save_for_backward(index, gap)
-        return value
+        ctx.save_for_backward(places, values)
+        return found
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Any, ...]:
-        index, gap = ctx.saved_tensors
-        gradient = outer[0].float().contiguous()
-        slopes = [
-            torch.cat(map_slabs(partial(ctx.parts.collected, key, gradient, index), *index.shape))
-            for key in ctx.keys
-        ]
-        return None, None, None, gradient * gap, *slopes
+        places, values = (saved.detach() for saved in ctx.saved_tensors)
+        gradient, slope = outer[0].to(torch.bfloat16).contiguous(), torch.empty(places.shape)
 
+        def work(rows: slice) -> list[Tensor]:
+            arrays = (bits(gradient[rows]), places[rows].numpy(), values[rows].numpy())
+            pass_through(*arrays, ctx.parts.wide, slope[rows].numpy())
+            return [ctx.parts.collected(key, gradient, places, rows) for key in ctx.keys]
 
-def _values(parts: LinearLadders, fixed: Tensor, linear: dict[str, Tensor]) -> Tensor:
-    """Ladders for parameters of now, [rows, groups, levels]; of a format without linear ones, those that it has."""
-    return parts.values(linear) if linear else fixed
-
-
-def _settled(places: Tensor, values: Tensor, parts: LinearLadders) -> tuple[Tensor, Tensor, Tensor]:
-    """Levels, their values in bfloat16, and the distances of levels around them in bfloat16."""
-    places, values = (
-        places.detach(),
-        values.detach(),
-    )  # threads of slabs do not know that no gradient is wanted
-
-    def work(rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-        place = places[rows]
-        index = torch.empty(place.shape, dtype=torch.uint8)
-        value, gap = torch.empty_like(place), torch.empty_like(place)
-        arrays = (place, values[rows], parts.group, index, value, gap)
-        settle(*(array.numpy() for array in arrays))
-        return index, value.to(torch.bfloat16), gap.to(torch.bfloat16)
-
-    index, value, gap = zip(*map_slabs(work, *places.shape), strict=True)
-    return torch.cat(index), torch.cat(value), torch.cat(gap)
+        slabs = map_slabs(work, *places.shape)
+        return None, None, None, slope, *(torch.cat(found) for found in zip(*slabs, strict=True))
