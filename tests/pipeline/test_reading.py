@@ -11,6 +11,7 @@ from poise.core.errors import PoiseWarning, UsageError
 from poise.core.plan import Plan, PlanRow
 from poise.pipeline import reading, stream
 from poise.pipeline.reading import reading_of
+from poise.pipeline.workspace import Workspace
 from poise.planning.presets import preset_recipe
 
 
@@ -45,11 +46,27 @@ def test_hashes_tell_texts_apart(llama, tmp_path):
     assert len({item.hash for item in readings}) == 3
 
 
-def test_training_reads_as_much_as_it_uses_of_a_text_and_repeats_what_the_model_writes(llama, tmp_path):
-    plan = plan_of("gptq", tokens=1024, tune="distill(steps=10, batch=512, held=0.2)")
+def test_training_reads_as_much_as_it_uses_of_a_text_and_less_of_what_the_model_writes(llama, tmp_path):
+    plan = plan_of("gptq", tokens=1024, tune="distill(steps=10, batch=512, held=0.2, reads=4)")
     (tmp_path / "a.txt").write_text("some text")
     assert reading_of(open_checkpoint(llama), plan, tmp_path / "a.txt").tokens == 6400
-    assert reading_of(open_checkpoint(llama), plan, "self").tokens == 1024
+    assert reading_of(open_checkpoint(llama), plan, "self").tokens == 1600
+
+
+def test_what_a_text_lacks_for_training_is_written_for_training_alone(llama, tmp_path):
+    """Ten steps of 512 tokens that read a window at most twice want 2560 tokens; the text has 1100 of them."""
+    plan = plan_of("gptq", tokens=256, tune="distill(steps=10, batch=512, held=0.0, reads=2)")
+    (tmp_path / "a.txt").write_text("some words " * 100)
+    text = reading_of(open_checkpoint(llama), plan, tmp_path / "a.txt")
+    found = text.calibration(Workspace(tmp_path / "out", {}), lambda *_: None)
+    assert len(found.windows) + len(found.written) == 2560 // text.length
+    assert 0 < len(found.windows) < 10
+    assert all(len(window) == text.length for window in found.written)
+    assert not found.first(10**6).written
+    enough = dataclasses.replace(plan, tune="distill(steps=1, batch=128, held=0.0, reads=2)")
+    (tmp_path / "a.txt").write_text("some words " * 100)
+    text = reading_of(open_checkpoint(llama), enough, tmp_path / "a.txt")
+    assert not text.calibration(Workspace(tmp_path / "other", {}), lambda *_: None).written
 
 
 def test_own_text_is_written_once_and_kept_for_a_resumed_run(llama, tmp_path, monkeypatch):

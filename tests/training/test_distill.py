@@ -10,8 +10,17 @@ from poise.checkpoints import open_checkpoint
 from poise.core import slabs
 from poise.core.errors import PoiseError, UsageError
 from poise.core.registry import build, get
+from poise.training import distill
 from poise.training._codes import LearnedWeight
-from poise.training.distill import Distill, _attach, _Divergence, answers, distill_of
+from poise.training.distill import (
+    Distill,
+    _attach,
+    _Divergence,
+    _error,
+    _states,
+    answers,
+    distill_of,
+)
 
 SPECS = [
     "int(bits=4, group=32)",
@@ -95,7 +104,7 @@ def test_tuning_mends_spoiled_scales_and_keeps_the_codes(pair, spec):
     model, original = pair
     weights = {name: spoiled(weight) for name, weight in quantized(model, spec).items()}
     seen = []
-    tuned = Distill(steps=30, batch=192, every=10).run(
+    tuned = Distill(steps=30, batch=192, every=10, scale_rate=1e-2).run(
         model, original, weights, frozenset(), text(0), lambda *facts: seen.append(facts)
     )
     assert tuned.after < 0.7 * tuned.before
@@ -150,13 +159,46 @@ def test_learned_codes_find_back_from_spoiled_ones(pair):
         weights[name] = dataclasses.replace(weight, codes=codes)
     fresh, found = copy.deepcopy(model), []
     for student, rate in ((model, 0.0), (fresh, 0.02)):
-        recipe = Distill(steps=40, batch=192, every=10, code_rate=rate)
+        recipe = Distill(steps=40, batch=192, every=10, scale_rate=1e-2, code_rate=rate)
         found.append(recipe.run(student, original, weights, frozenset(), text(0), lambda *_: None))
     frozen, learned = found
     assert abs(frozen.before - learned.before) < 0.02 * frozen.before
     assert learned.after < 0.8 * frozen.after
     changed = [(w.codes != weights[n].codes).float().mean() for n, w in learned.weights.items()]
     assert 0.001 < torch.stack(changed).mean() < 0.5
+
+
+def test_the_error_of_hidden_states_is_a_share_of_their_square():
+    wanted = torch.randn(3, 4, 5, 16, generator=torch.Generator().manual_seed(0))
+    off = [block * (1 + 0.1 * number) for number, block in enumerate(wanted, 1)]
+    assert torch.allclose(_error(off, wanted), torch.tensor((0.01 + 0.04 + 0.09) / 3), rtol=1e-4)
+
+
+def test_hidden_states_that_are_taught_come_nearer_to_the_original(pair, monkeypatch, tmp_path):
+    monkeypatch.setattr(distill, "TAUGHT", 1)  # the tiny model has two blocks
+    model, plain = pair
+    assert plain.inner is None
+    taught = answers(model, text(0), lambda *_: None, hidden=tmp_path / "hidden")
+    assert taught.inner.shape == (24, 1, 48, model.config.hidden_size)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = model.base_model(torch.tensor(text(0)[3:4]), output_hidden_states=True).hidden_states[1]
+    assert torch.equal(taught.inner[3, 0], expected[0].to(torch.bfloat16))
+    weights = {name: spoiled(weight) for name, weight in quantized(model, SPECS[0]).items()}
+    errors = []
+    for original, hidden in ((plain, 0.0), (taught, 10.0)):
+        student = copy.deepcopy(model)
+        recipe = Distill(steps=30, batch=192, every=10, scale_rate=1e-2, hidden=hidden)
+        tuned = recipe.run(student, original, weights, frozenset(), text(0), lambda *_: None)
+        assert tuned.after < 0.9 * tuned.before
+        with torch.no_grad():
+            inner = _states(student, torch.tensor(text(0)[-2:]), hidden=True)[1]
+            errors.append(float(_error(inner, taught.inner[-2:].transpose(0, 1))))
+    assert errors[1] < 0.9 * errors[0]
+
+
+def test_a_model_of_few_blocks_is_taught_its_answers_alone(pair, tmp_path):
+    model, _ = pair
+    assert answers(model, text(0), lambda *_: None, hidden=tmp_path / "hidden").inner is None
 
 
 def test_training_that_only_hurts_is_given_up(pair):

@@ -112,10 +112,13 @@ def _reading_cost(checkpoint: Checkpoint, plan: Plan) -> tuple[float, int, int]:
     seconds = 2 * tokens * (weights * passes + products) / rate
     memory, spilled = _stream_memory(list(blocks.values()), planned, tokens, wants_hessian(plan))
     if plan.tune is not None:
-        from poise.training.distill import distill_of
+        from poise.training.distill import TAUGHT, distill_of
 
         steps = distill_of(plan.tune)
         seconds += (2 * tokens + steps.steps * steps.batch * PASSES) * weights / rate
+        if steps.hidden:
+            width = min(linear.columns for block in blocks.values() for linear in block)
+            spilled = max(spilled, 2 * width * (len(blocks) // TAUGHT) * max(tokens, steps.tokens))
         each = TRAINED + (LEARNED if steps.code_rate else 0)
         memory = max(memory, each * sum(info.numel for info in checkpoint.tensors().values()))
     return seconds, memory, spilled

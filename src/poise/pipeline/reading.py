@@ -70,23 +70,39 @@ class Reading:
 
     @property
     def tokens(self) -> int:
-        """That are wanted in all. What the model has to write itself is trained on more than once."""
-        trained = distill_of(self.plan.tune).tokens if self.plan.tune and self.text is not None else 0
-        return max(tokens_of(self.plan), trained)
+        """That are wanted in all, of a text or of what the model writes."""
+        return max(tokens_of(self.plan), self._trained if self.text is not None else self._fresh)
+
+    @property
+    def _trained(self) -> int:
+        """Tokens that training would read without reading any twice."""
+        return distill_of(self.plan.tune).tokens if self.plan.tune else 0
+
+    @property
+    def _fresh(self) -> int:
+        """Tokens that training wants, so that none is read too often."""
+        return self._trained // distill_of(self.plan.tune).reads if self.plan.tune else 0
 
     def calibration(self, workspace: Workspace, progress: Progress) -> Calibration | None:
-        """All windows, if the plan needs any."""
+        """All windows, if the plan needs any. What a text lacks for training, the model writes itself."""
         if not reads(self.plan):
             return None
         limit = max(1, self.tokens // self.length)
-        if self.text is not None:
-            windows = self.text.windows(self.checkpoint.tokenizer(), self.length, limit)
-            return Calibration(windows=windows, hash=self.hash)
+        if self.text is None:
+            return Calibration(windows=self._written(limit, workspace, progress), hash=self.hash)
+        windows = self.text.windows(self.checkpoint.tokenizer(), self.length, limit)
+        lacking = self._fresh // self.length - len(windows)
+        written = self._written(lacking, workspace, progress) if lacking > 0 else []
+        return Calibration(windows=windows, hash=self.hash, written=written)
+
+    def _written(self, windows: int, workspace: Workspace, progress: Progress) -> list[list[int]]:
+        """What the model writes, once for a run."""
         known = workspace.load_tensors("written")
         if known is None:
-            known = {"tokens": torch.tensor(self._write(limit, progress), dtype=torch.int32)}
+            known = {"tokens": torch.tensor(self._write(windows, progress), dtype=torch.int32)}
             workspace.store_tensors("written", known)
-        return Calibration(windows=known["tokens"].tolist(), hash=self.hash)
+        found: list[list[int]] = known["tokens"].tolist()
+        return found
 
     def _write(self, windows: int, progress: Progress) -> list[list[int]]:
         tokenizer = self.checkpoint.tokenizer()

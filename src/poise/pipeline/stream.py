@@ -67,14 +67,16 @@ class Calibration:
     Attributes:
         windows: token ids, all of one length.
         hash: of the text or the tokens.
+        written: further windows that the model wrote itself, for training.
     """
 
     windows: Sequence[Sequence[int]]
     hash: str
+    written: Sequence[Sequence[int]] = ()
 
     def first(self, tokens: int) -> "Calibration":
         """No more windows than hold so many tokens, at least one."""
-        return replace(self, windows=self.windows[: max(1, tokens // len(self.windows[0]))])
+        return replace(self, windows=self.windows[: max(1, tokens // len(self.windows[0]))], written=())
 
 
 def solve_plan(

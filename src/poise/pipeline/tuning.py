@@ -51,10 +51,12 @@ def _train(
                 names[place.parameter] = name
             else:
                 fixed.append(name)
+        windows = [*calibration.written, *calibration.windows]  # the last ones judge: text of the user's
         original = answers(
             engine.model,
-            calibration.windows,
+            windows,
             lambda done, every: progress("read the original's answers", done, every),
+            hidden=workspace.path / "hidden" if recipe.hidden > 0 else None,
         )
         for name in fixed:
             fill(engine.model, skeleton, name, as_stored(linears[name], workspace.load(rows[name]).decode()))
@@ -64,7 +66,7 @@ def _train(
             original,
             trained,
             transposed,
-            calibration.windows,
+            windows,
             lambda step, steps, loss, held: progress(f"tune (held-back divergence {held:.4f})", step, steps),
         )
     for path, weight in tuned.weights.items():

@@ -3,12 +3,16 @@
 A layer's weight is the sum of what its linear parameters multiply (``Format.basis``), so gradients reach them without
 straight-through tricks, in any format that has some. The loss is the Kullback-Leibler divergence of next-token
 distributions over the whole vocabulary. (The second phase of EfficientQAT, Chen et al. 2024, arXiv 2407.11062, section
-3.3, with the divergence in place of the cross-entropy.)
+3.3, with the divergence in place of the cross-entropy.) Hidden states may be taught as well: they say more a token than
+its distribution does, so that little text goes further. (Jiao et al. 2020, TinyBERT, arXiv 1909.10351, equation 8; here
+as a share of the state's own square, at every third block.)
 """
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +31,8 @@ SMALL = 1e-16
 """Adam's epsilon: gradients of single weights are far below the usual 1e-8."""
 WARMUP = 8
 """Steps until the learning rate is reached."""
+TAUGHT = 3
+"""Of so many blocks one's hidden states are taught."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +42,12 @@ class Answers:
     Attributes:
         states: what its head reads, bfloat16 [windows, length, hidden].
         head: its output embedding, bfloat16 [vocabulary, hidden].
+        inner: hidden states of taught blocks, bfloat16 [windows, blocks, length, hidden], on disk; None if none are taught.
     """
 
     states: Tensor
     head: Tensor
+    inner: Tensor | None
 
 
 Seen = Callable[[int, int, float, float], None]
@@ -75,17 +83,21 @@ class Distill:
         norm_rate: learning rate of norms.
         code_rate: learning rate of codes, in levels a step; 0 leaves them as they are. Formats that are not scalar keep
             theirs.
+        hidden: weight of the hidden states' error, as a share of their square, beside the divergence.
         held: share of the windows that only judge.
+        reads: of a window while training lasts, if there is enough text.
         every: steps between two evaluations.
         seed: of the order of windows.
     """
 
     steps: int = 200
     batch: int = 2048
-    scale_rate: float = 1e-2
+    scale_rate: float = 3e-3
     norm_rate: float = 1e-3
     code_rate: float = 0.0
+    hidden: float = 0.0
     held: float = 0.06
+    reads: int = 3
     every: int = 20
     seed: int = 0
 
@@ -107,10 +119,10 @@ class Distill:
 
         Args:
             model: in float32, as transformers runs it; every weight that is not among ``weights`` as it will stay.
-            original: ``answers`` of the original to the windows.
+            original: ``answers`` of the original to the windows, with hidden states if they are to be taught.
             weights: parameter of the model -> its quantized weight.
             transposed: parameters that the model stores as [in, out].
-            windows: token ids, all of one length.
+            windows: token ids, all of one length; the last ones are held back.
 
         Raises:
             PoiseError: too few windows to hold some back.
@@ -123,13 +135,21 @@ class Distill:
         model.requires_grad_(False)
         head = _head(model)
 
+        def divergence_of(some: list[int], states: Tensor) -> Tensor:
+            return divergence(states, head, original.states[some], original.head)
+
         def loss_of(some: list[int]) -> Tensor:
-            return divergence(_states(model, ids[some]), head, original.states[some], original.head)
+            states, inner = _states(model, ids[some], original.inner is not None)
+            loss = divergence_of(some, states)
+            if original.inner is None:
+                return loss
+            return loss + self.hidden * _error(inner, original.inner[some].transpose(0, 1))
 
         def judge() -> float:
             parts = [held[start : start + batch] for start in range(0, count, batch)]
             with torch.no_grad():
-                return sum(float(loss_of(part)) * len(part) for part in parts) / count
+                found = [float(divergence_of(part, _states(model, ids[part])[0])) for part in parts]
+            return sum(each * len(part) for each, part in zip(found, parts, strict=True)) / count
 
         parts = {
             name: _attach(model, name, weight, name in transposed, self.code_rate > 0)
@@ -194,19 +214,37 @@ def distill_of(spec: str) -> Distill:
         raise UsageError(f"{spec}: {error}") from error
 
 
-def answers(model: Any, windows: Sequence[Sequence[int]], progress: Callable[[int, int], None]) -> Answers:
+def answers(
+    model: Any,
+    windows: Sequence[Sequence[int]],
+    progress: Callable[[int, int], None],
+    *,
+    hidden: Path | None = None,
+) -> Answers:
     """Reads the windows with the original.
 
     Args:
         model: in float32, as transformers runs it; computes in bfloat16.
         progress: told the windows that are read, and all of them.
+        hidden: file that keeps hidden states of every ``TAUGHT`` th block, if they are wanted; a model of fewer than four
+            blocks has none.
     """
-    states = []
-    with torch.no_grad():
+    states, blocks = list[Tensor](), 0
+    with torch.no_grad(), open(hidden or os.devnull, "wb") as file:
         for number, window in enumerate(windows, 1):
-            states.append(_states(model, torch.tensor([window])))
+            last, between = _states(model, torch.tensor([window]), hidden is not None)
+            states.append(last)
+            blocks = len(between)
+            for inner in between:
+                file.write(inner.to(torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
             progress(number, len(windows))
-    return Answers(states=torch.cat(states), head=_head(model))
+    whole = torch.cat(states)
+    kept = None
+    if hidden is not None and blocks:
+        size = whole.numel() * blocks
+        kept = torch.from_file(str(hidden), shared=False, size=size, dtype=torch.bfloat16)
+        kept = kept.view(len(whole), blocks, *whole.shape[1:])
+    return Answers(states=whole, head=_head(model), inner=kept)
 
 
 def divergence(states: Tensor, head: Tensor, wanted: Tensor, original: Tensor) -> Tensor:
@@ -220,11 +258,26 @@ def divergence(states: Tensor, head: Tensor, wanted: Tensor, original: Tensor) -
     return found
 
 
-def _states(model: Any, ids: Tensor) -> Tensor:
-    """What the head reads."""
+def _states(model: Any, ids: Tensor, hidden: bool = False) -> tuple[Tensor, list[Tensor]]:
+    """What the head reads, and hidden states after every ``TAUGHT`` th block but the last, if they are wanted."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        states: Tensor = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    return states.to(torch.bfloat16)
+        found = model.base_model(input_ids=ids, use_cache=False, output_hidden_states=hidden)
+    inner = list(found.hidden_states[TAUGHT:-1:TAUGHT]) if hidden else []
+    return found.last_hidden_state.to(torch.bfloat16), inner
+
+
+def _error(states: list[Tensor], wanted: Tensor) -> Tensor:
+    """Mean squared error of hidden states as a share of the wanted ones' square, over tokens and blocks.
+
+    Args:
+        states: of each block, [..., hidden].
+        wanted: [blocks, ..., hidden].
+    """
+    total = torch.zeros(())
+    for ours, theirs in zip(states, wanted, strict=True):
+        size = theirs.float().square().sum(-1).clamp(min=torch.finfo(torch.bfloat16).tiny)
+        total = total + ((ours.float() - theirs.float()).square().sum(-1) / size).mean()
+    return total / max(1, len(states))
 
 
 def _head(model: Any) -> Tensor:
