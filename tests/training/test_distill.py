@@ -10,7 +10,7 @@ from poise.checkpoints import open_checkpoint
 from poise.core import slabs
 from poise.core.errors import PoiseError, UsageError
 from poise.core.registry import build, get
-from poise.training import distill
+from poise.training import _codes, distill
 from poise.training._codes import LearnedWeight
 from poise.training.distill import (
     Distill,
@@ -122,6 +122,7 @@ def test_tuning_mends_spoiled_scales_and_keeps_the_codes(pair, spec):
 @pytest.mark.parametrize("spec", [*SPECS, "q4_k"])
 def test_learned_codes_begin_as_they_are_and_pass_gradients(spec, monkeypatch):
     monkeypatch.setattr(slabs, "WEIGHTS", 512)  # several threads
+    monkeypatch.setattr(_codes, "SLAB", 512)
     dice = torch.Generator().manual_seed(2)
     original, probe = (torch.randn(8, 256, generator=dice) for _ in range(2))
     format = build("format", spec).resolve("float16")

@@ -5,7 +5,8 @@ the loss falls with the place as fast as it would if the value did not jump. (Be
 in units of levels, as in LSQ, Esser et al. 2019, arXiv 1902.08153.)
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,14 @@ from poise.core.slabs import map_slabs
 from poise.kernels.ladders import LinearLadders, begin, bits, ladders_of
 from poise.kernels.places import pass_through, values_at
 
+T = TypeVar("T")
+
 INSIDE = 0.4
 """How far from its level a place may begin: noise of the first steps moves no code."""
+
+
+SLAB = 1 << 21
+"""Weights that are one thread's work: fewer are done before other threads have begun."""
 
 
 class LearnedWeight(nn.Module):
@@ -80,7 +87,7 @@ class _Settle(torch.autograd.Function):
         def work(rows: slice) -> None:
             values_at(plain[rows].numpy(), bits(stored[rows]), parts.wide, bits(found[rows]))
 
-        map_slabs(work, *places.shape)
+        _in_slabs(work, places)
         ctx.parts, ctx.keys = parts, keys
         ctx.save_for_backward(places, values)
         return found
@@ -95,5 +102,10 @@ class _Settle(torch.autograd.Function):
             pass_through(*arrays, ctx.parts.wide, slope[rows].numpy())
             return [ctx.parts.collected(key, gradient, places, rows) for key in ctx.keys]
 
-        slabs = map_slabs(work, *places.shape)
+        slabs = _in_slabs(work, places)
         return None, None, None, slope, *(torch.cat(found) for found in zip(*slabs, strict=True))
+
+
+def _in_slabs(work: Callable[[slice], T], places: Tensor) -> list[T]:
+    rows, columns = places.shape
+    return map_slabs(work, rows, columns, max(1, SLAB // columns))
