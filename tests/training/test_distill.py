@@ -202,6 +202,37 @@ def test_a_model_of_few_blocks_is_taught_its_answers_alone(pair, tmp_path):
     assert answers(model, text(0), lambda *_: None, hidden=tmp_path / "hidden").inner is None
 
 
+def test_interrupted_training_goes_on_to_the_same_result(pair, tmp_path):
+    model, original = pair
+    weights = {name: spoiled(weight) for name, weight in quantized(model, SPECS[1]).items()}
+    recipe = Distill(steps=9, batch=192, every=3, code_rate=0.02)
+    other, steps = copy.deepcopy(model), []
+    whole = recipe.run(copy.deepcopy(model), original, weights, frozenset(), text(0), lambda *_: None)
+
+    def killed(step, *_):
+        if step == 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        recipe.run(model, original, weights, frozenset(), text(0), killed, tmp_path / "state")
+    resumed = recipe.run(
+        other,
+        original,
+        weights,
+        frozenset(),
+        text(0),
+        lambda step, *_: steps.append(step),
+        tmp_path / "state",
+    )
+    assert steps == [9]
+    assert not list(tmp_path.iterdir())
+    assert (resumed.before, resumed.after, resumed.steps) == (whole.before, whole.after, whole.steps)
+    for name, weight in resumed.weights.items():
+        assert torch.equal(weight.codes, whole.weights[name].codes)
+        assert torch.equal(weight.params["scale"], whole.weights[name].params["scale"])
+    assert all(torch.equal(resumed.norms[name], value) for name, value in whole.norms.items())
+
+
 def test_training_that_only_hurts_is_given_up(pair):
     model, original = pair
     weights = quantized(model, SPECS[1])

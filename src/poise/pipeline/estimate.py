@@ -30,6 +30,8 @@ TRAINED = 12
 """Bytes a weight of training: original in float32, what parameters multiply, gradients."""
 LEARNED = 26
 """Further bytes a weight where codes are trained: places, gradients, Adam's two means, levels and their distances."""
+KEPT = 16
+"""Bytes a weight of the state from which training goes on: places, the best ones, Adam's two means."""
 PASSES = 7
 """Operations with each weight for a token of training: forward, backward, and what is computed beside."""
 
@@ -116,9 +118,9 @@ def _reading_cost(checkpoint: Checkpoint, plan: Plan) -> tuple[float, int, int]:
 
         steps = distill_of(plan.tune)
         seconds += (2 * tokens + steps.steps * steps.batch * PASSES) * weights / rate
-        if steps.hidden:
-            width = min(linear.columns for block in blocks.values() for linear in block)
-            spilled = max(spilled, 2 * width * (len(blocks) // TAUGHT) * max(tokens, steps.tokens))
+        width = min(linear.columns for block in blocks.values() for linear in block)
+        hidden = 2 * width * (len(blocks) // TAUGHT) * max(tokens, steps.tokens) if steps.hidden else 0
+        spilled = max(spilled, hidden + (KEPT * weights if steps.code_rate else 0))
         each = TRAINED + (LEARNED if steps.code_rate else 0)
         memory = max(memory, each * sum(info.numel for info in checkpoint.tensors().values()))
     return seconds, memory, spilled

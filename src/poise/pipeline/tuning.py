@@ -68,6 +68,7 @@ def _train(
             transposed,
             windows,
             lambda step, steps, loss, held: progress(f"tune (held-back divergence {held:.4f})", step, steps),
+            workspace.path / "training",
         )
     for path, weight in tuned.weights.items():
         workspace.store_tuned(rows[names[path]], weight)

@@ -8,7 +8,6 @@ its distribution does, so that little text goes further. (Jiao et al. 2020, Tiny
 as a share of the state's own square, at every third block.)
 """
 
-import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,13 +23,10 @@ from poise.core.errors import PoiseError, UsageError
 from poise.core.format import Params, QTensor
 from poise.core.registry import parse_spec
 from poise.training._codes import LearnedWeight
+from poise.training._descent import Descent
 
 ROWS = 16
 """Positions whose distributions over the vocabulary are in memory at a time."""
-SMALL = 1e-16
-"""Adam's epsilon: gradients of single weights are far below the usual 1e-8."""
-WARMUP = 8
-"""Steps until the learning rate is reached."""
 TAUGHT = 3
 """Of so many blocks one's hidden states are taught."""
 
@@ -114,6 +110,7 @@ class Distill:
         transposed: frozenset[str],
         windows: Sequence[Sequence[int]],
         seen: Seen,
+        kept: Path | None = None,
     ) -> Tuned:
         """Tunes a model in place.
 
@@ -123,6 +120,7 @@ class Distill:
             weights: parameter of the model -> its quantized weight.
             transposed: parameters that the model stores as [in, out].
             windows: token ids, all of one length; the last ones are held back.
+            kept: file that keeps the state between evaluations; training that was interrupted goes on from it.
 
         Raises:
             PoiseError: too few windows to hold some back.
@@ -130,7 +128,7 @@ class Distill:
         count = max(1, round(self.held * len(windows)))
         if len(windows) < 2 * count:
             raise PoiseError(f"{len(windows)} windows are too few to tune on and to hold some back")
-        train, held = list(range(len(windows) - count)), list(range(len(windows) - count, len(windows)))
+        held = list(range(len(windows) - count, len(windows)))
         ids, batch = torch.tensor(windows), max(1, self.batch // len(windows[0]))
         model.requires_grad_(False)
         head = _head(model)
@@ -161,41 +159,28 @@ class Distill:
             if value.dim() == 1 and "parametriz" not in name
         }
         scales = [value for part in parts.values() for value in part.linear.values()]
-        groups = [{"params": list(norms.values()), "lr": self.norm_rate}]
-        groups += [{"params": [value], "lr": self.scale_rate * _size(value)} for value in scales]
         places = [part.places for part in parts.values() if isinstance(part, LearnedWeight)]
+        groups: list[dict[str, Any]] = [{"params": list(norms.values()), "lr": self.norm_rate}]
+        groups += [{"params": [value], "lr": self.scale_rate * _size(value)} for value in scales]
         groups += [{"params": places, "lr": self.code_rate}]
-        tuned = [*norms.values(), *scales, *places]
-        for value in tuned:
-            value.requires_grad_(True)
-        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), eps=SMALL, fused=True)
-        rates = [float(group["lr"]) for group in optimizer.param_groups]
-        dice = torch.Generator().manual_seed(self.seed)
-        best, best_step, before = [value.detach().clone() for value in tuned], 0, judge()
-        least, order = before, list[int]()
-        for step in range(1, self.steps + 1):
-            if len(order) < batch:
-                order += torch.randperm(len(train), generator=dice).tolist()
-            pick, order = order[:batch], order[batch:]
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * min(1, step / WARMUP) * (0.05 + 0.95 * _cosine(step / self.steps))
-            loss = loss_of([train[number] for number in pick])
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            if step % self.every == 0 or step == self.steps:
+        descent = Descent(groups, steps=self.steps, windows=len(windows) - count, seed=self.seed, kept=kept)
+        if descent.step == 0:
+            descent.judged(judge())
+        while descent.step < self.steps:
+            loss = loss_of(descent.draw(batch))
+            descent.descend(loss)
+            if descent.step % self.every == 0 or descent.step == self.steps:
                 now = judge()
-                if now < least:
-                    least, best_step, best = now, step, [value.detach().clone() for value in tuned]
-                seen(step, self.steps, float(loss.detach()), now)
-        for value, kept in zip(tuned, best, strict=True):
-            value.data.copy_(kept)
+                descent.judged(now)
+                descent.save()
+                seen(descent.step, self.steps, float(loss.detach()), now)
+        descent.finish()
         return Tuned(
             weights={name: part.result() for name, part in parts.items()},
             norms={name: value.detach().clone() for name, value in norms.items()},
-            before=before,
-            after=least,
-            steps=best_step,
+            before=descent.before,
+            after=descent.least,
+            steps=descent.best_step,
         )
 
 
@@ -367,7 +352,3 @@ def _attach(
 def _size(value: Tensor) -> float:
     """Root mean square, not zero."""
     return max(float(value.detach().square().mean().sqrt()), 1e-12)
-
-
-def _cosine(share: float) -> float:
-    return 0.5 * (1 + math.cos(math.pi * share))
