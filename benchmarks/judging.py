@@ -98,7 +98,7 @@ class Judge:
                     "perplexity_ratio": math.exp(statistics.fmean(own) - statistics.fmean(original)),
                     "top1": statistics.fmean(agree),
                     "windows": len(lost),
-                    "each": list(lost),
+                    "each": [round(one, 6) for one in lost],
                 }
         return found
 

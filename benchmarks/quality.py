@@ -7,7 +7,7 @@ models are judged, and on a second domain that nothing was calibrated on: docstr
 stands in ``judging``. All start from one folder of float16 weights, so that all store 16-bit scales; peers get the first tokens of the text that Poise
 gets, run in environments of their own (``benchmarks/peers/install.sh``) and hand back de-quantized weights.
 
-Rows that were measured before on the same text are kept in build/quality/results.jsonl; ``--again`` measures them anew.
+Rows that were measured before on the same text are kept in docs/quality.json; ``--again`` measures them anew.
 A row that fails is told at the end, and the program exits with 1.
 """
 
@@ -184,19 +184,23 @@ def chosen(only: list[str] | None) -> list[str]:
 
 
 def against_best_peer(rows: list[dict[str, Any]]) -> None:
-    """Adds to each row of Poise its divergence over that of the best peer of its width, for each text."""
+    """Adds to each row of Poise its divergence over that of the best peer of its width, for each text.
+
+    Rows of tables that did not keep single windows cannot be compared with another peer than before.
+    """
     for row in rows:
         peers = [other for other in rows if other["bits"] == row["bits"] and other["kind"] == "peer"]
         for text in ("held-out", "docstrings"):
-            if row["kind"] == "poise" and peers:
-                best = min(peers, key=lambda other: other[text]["kl"])
+            if row["kind"] != "poise" or not peers:
+                continue
+            best = min(peers, key=lambda other: other[text]["kl"])
+            if all("each" in one[text] for one in (row, best)):
                 value, low, high = ratio(row[text]["each"], best[text]["each"])
-                row[text] |= {
-                    "ratio": value,
-                    "ratio_low": low,
-                    "ratio_high": high,
-                    "best_peer": best["preset"],
-                }
+                found = {"ratio": value, "ratio_low": low, "ratio_high": high, "best_peer": best["preset"]}
+                row[text] |= found
+            elif row[text].get("best_peer") != best["preset"]:
+                for key in ("ratio", "ratio_low", "ratio_high", "best_peer"):
+                    row[text].pop(key, None)
 
 
 def main() -> None:
@@ -218,11 +222,8 @@ def main() -> None:
         )
     first, second = halves(arguments.text.read_text(encoding="utf-8"))
     material = prepare(first, arguments.calibration_tokens, arguments.seed)
-    results = WORK / "results.jsonl"
-    lines = results.read_text(encoding="utf-8").splitlines() if results.exists() else []
-    rows = {
-        (row["preset"], row["bits"]): row for row in map(json.loads, lines) if row.get("key") == material.key
-    }
+    before = json.loads(OUT.read_text(encoding="utf-8"))["rows"] if OUT.exists() else []
+    rows = {(row["preset"], row["bits"]): row for row in before if row["key"] == material.key}
     failed, judge = [], None
     for bits in arguments.bits:
         for name in chosen(arguments.only):
@@ -238,29 +239,19 @@ def main() -> None:
             judge = judge or Judge(default_model(), texts, arguments.windows, WORK / "answers")
             row = {"preset": name, "bits": bits, "key": material.key, **facts, **judge.judge(model)}
             rows[name, bits] = row
-            with open(results, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-    table = sorted(rows.values(), key=lambda row: (-row["bits"], row["held-out"]["kl"]))
-    against_best_peer(table)
-    write(table, arguments)
-    show(table)
+            write(list(rows.values()), arguments)
+    show(write(list(rows.values()), arguments))
     if failed:
         raise SystemExit("\n".join(failed))
 
 
-def write(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
-    """The page's figures; the single windows stay in build/quality."""
-    slim = [
-        {
-            key: {k: v for k, v in value.items() if k != "each"}
-            if key in ("held-out", "docstrings")
-            else value
-            for key, value in row.items()
-        }
-        for row in rows
-    ]
-    facts = {"versions": versions(), "calibration_tokens": arguments.calibration_tokens, "rows": slim}
+def write(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows as they stand in the page, each compared with the best peer."""
+    table = sorted(rows, key=lambda row: (-row["bits"], row["held-out"]["kl"]))
+    against_best_peer(table)
+    facts = {"versions": versions(), "calibration_tokens": arguments.calibration_tokens, "rows": table}
     OUT.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    return table
 
 
 def show(rows: list[dict[str, Any]]) -> None:

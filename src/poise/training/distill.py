@@ -76,7 +76,7 @@ class Distill:
         steps: of training.
         batch: tokens of a step, about.
         scale_rate: learning rate of scales, as a share of their root mean square.
-        norm_rate: learning rate of norms.
+        norm_rate: likewise of norms: some are forty times smaller than others.
         code_rate: learning rate of codes, in levels a step; 0 leaves them as they are. Formats that are not scalar keep
             theirs.
         hidden: weight of the hidden states' error, as a share of their square, beside the divergence.
@@ -160,8 +160,11 @@ class Distill:
         }
         scales = [value for part in parts.values() for value in part.linear.values()]
         places = [part.places for part in parts.values() if isinstance(part, LearnedWeight)]
-        groups: list[dict[str, Any]] = [{"params": list(norms.values()), "lr": self.norm_rate}]
-        groups += [{"params": [value], "lr": self.scale_rate * _size(value)} for value in scales]
+        groups: list[dict[str, Any]] = [
+            {"params": [value], "lr": rate * _size(value)}
+            for rate, values in ((self.norm_rate, norms.values()), (self.scale_rate, scales))
+            for value in values
+        ]
         groups += [{"params": places, "lr": self.code_rate}]
         descent = Descent(groups, steps=self.steps, windows=len(windows) - count, seed=self.seed, kept=kept)
         if descent.step == 0:
