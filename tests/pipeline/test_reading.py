@@ -64,7 +64,6 @@ def test_what_a_text_lacks_for_training_is_written_for_training_alone(llama, tmp
     assert all(len(window) == text.length for window in found.written)
     assert not found.first(10**6).written
     enough = dataclasses.replace(plan, tune="distill(steps=1, batch=128, held=0.0, reads=2)")
-    (tmp_path / "a.txt").write_text("some words " * 100)
     text = reading_of(open_checkpoint(llama), enough, tmp_path / "a.txt")
     assert not text.calibration(Workspace(tmp_path / "other", {}), lambda *_: None).written
 

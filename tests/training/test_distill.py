@@ -206,7 +206,7 @@ def test_interrupted_training_goes_on_to_the_same_result(pair, tmp_path):
     model, original = pair
     weights = {name: spoiled(weight) for name, weight in quantized(model, SPECS[1]).items()}
     recipe = Distill(steps=9, batch=192, every=3, code_rate=0.02)
-    other, steps = copy.deepcopy(model), []
+    other, fresh, steps = copy.deepcopy(model), copy.deepcopy(model), []
     whole = recipe.run(copy.deepcopy(model), original, weights, frozenset(), text(0), lambda *_: None)
 
     def killed(step, *_):
@@ -225,7 +225,17 @@ def test_interrupted_training_goes_on_to_the_same_result(pair, tmp_path):
         tmp_path / "state",
     )
     assert steps == [9]
-    assert not list(tmp_path.iterdir())
+    again = recipe.run(
+        fresh,
+        original,
+        weights,
+        frozenset(),
+        text(0),
+        lambda step, *_: steps.append(step),
+        tmp_path / "state",
+    )
+    assert steps == [9]  # killed before its result was kept, finished training is not done again
+    assert again.after == resumed.after
     assert (resumed.before, resumed.after, resumed.steps) == (whole.before, whole.after, whole.steps)
     for name, weight in resumed.weights.items():
         assert torch.equal(weight.codes, whole.weights[name].codes)

@@ -39,6 +39,7 @@ def _train(
     linears = {linear.name: linear for linear in checkpoint.linears()}
     rows = {row.name: row for row in plan.quantized}
     recipe = distill_of(str(plan.tune))
+    state, hidden = workspace.path / "training", workspace.path / "hidden"
     with get("engine", "torch")(dtype="float32") as engine:
         engine.load(checkpoint)
         trained: dict[str, QTensor] = {}
@@ -56,7 +57,7 @@ def _train(
             engine.model,
             windows,
             lambda done, every: progress("read the original's answers", done, every),
-            hidden=workspace.path / "hidden" if recipe.hidden > 0 else None,
+            hidden=hidden if recipe.hidden > 0 else None,
         )
         for name in fixed:
             fill(engine.model, skeleton, name, as_stored(linears[name], workspace.load(rows[name]).decode()))
@@ -68,7 +69,7 @@ def _train(
             transposed,
             windows,
             lambda step, steps, loss, held: progress(f"tune (held-back divergence {held:.4f})", step, steps),
-            workspace.path / "training",
+            state,
         )
     for path, weight in tuned.weights.items():
         workspace.store_tuned(rows[names[path]], weight)
@@ -80,4 +81,6 @@ def _train(
     facts = {"before": tuned.before, "after": tuned.after, "steps": tuned.steps}
     workspace.note({"name": "tune", "solver": str(plan.tune), **facts})
     workspace.finish_tuned(norms)
+    for file in (state, hidden):
+        file.unlink(missing_ok=True)
     return norms

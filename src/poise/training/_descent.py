@@ -101,8 +101,6 @@ class Descent:
         self.dice.set_state(state["dice"])
 
     def finish(self) -> None:
-        """Values become the best, and the file is gone."""
+        """Values become the best; the file stays until what was made of them is safe."""
         for value, best in zip(self.values, self.best, strict=True):
             value.data.copy_(best)
-        if self.kept is not None:
-            self.kept.unlink(missing_ok=True)
