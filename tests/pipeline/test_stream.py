@@ -55,8 +55,12 @@ def test_statistics_do_not_depend_on_the_batch(llama, tmp_path, stats_seen, monk
     assert first[name].n_tokens == stats_seen[name].n_tokens
 
 
-def test_statistics_are_those_of_the_whole_model(llama, tmp_path, stats_seen):
+@pytest.mark.parametrize(("rounded", "tolerance"), [(False, 1e-4), (True, 0.02)])
+def test_statistics_are_those_of_the_whole_model(
+    llama, tmp_path, stats_seen, monkeypatch, rounded, tolerance
+):
     """The original's inputs, hooked in the model as transformers runs it."""
+    monkeypatch.setattr(stream, "ROUNDED", rounded)
     poise.quantize(llama, "mobile", tmp_path / "out")
     from poise.calibration.text import load_text
     from poise.core.registry import get
@@ -77,7 +81,7 @@ def test_statistics_are_those_of_the_whole_model(llama, tmp_path, stats_seen):
             engine.logits(window)
     for name, parts in sums.items():
         expected = torch.stack(parts).mean(0)
-        assert torch.allclose(stats_seen[f"{name}.weight"].second_moment.double(), expected, rtol=1e-4)
+        assert torch.allclose(stats_seen[f"{name}.weight"].second_moment.double(), expected, rtol=tolerance)
 
 
 def test_layers_read_what_quantized_layers_give(llama, tmp_path, stats_seen):
@@ -224,7 +228,7 @@ def test_starved_experts_count_what_their_layer_reads(model_factory, tmp_path, s
     } == starved
     for name, stats in experts.items():
         assert stats.n_tokens >= 4 * len(stats.second_moment), name
-        assert torch.allclose(stats.hessian.diagonal(), stats.second_moment, rtol=1e-4)
+        assert torch.allclose(stats.hessian.diagonal(), stats.second_moment, rtol=0.01)
 
 
 def test_sharing_is_an_average_of_own_and_all():

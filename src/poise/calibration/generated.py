@@ -57,8 +57,18 @@ def write_windows(
             scores[:, list(banned)] = -torch.inf
             made = texts.shape[1] - len(opening)
             heat = max(1.0, HOT - (HOT - 1) * made / COOL)
-            new = torch.multinomial(torch.softmax(scores / heat, -1), 1, generator=dice)
+            new = _draw(torch.softmax(scores / heat, -1), dice)
             texts = torch.cat((texts, new), dim=1)
             progress(len(found) * length + count * texts.shape[1], windows * length)
         found += texts[:, :length].tolist()
     return found
+
+
+def _draw(shares: Tensor, dice: torch.Generator) -> Tensor:
+    """One of each row's tokens, [rows, 1]: where a uniform number falls in their cumulative shares.
+
+    (``torch.multinomial`` draws a number for every token of the vocabulary.)
+    """
+    below = shares.cumsum(-1, dtype=torch.float64)
+    place = torch.rand((len(shares), 1), generator=dice, dtype=torch.float64) * below[:, -1:]
+    return torch.searchsorted(below, place, right=True).clamp(max=shares.shape[1] - 1)

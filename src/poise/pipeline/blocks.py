@@ -7,7 +7,7 @@ can be called alone. The embedding holds only the rows of tokens that occur.
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -33,15 +33,17 @@ class Blocks:
 
     Args:
         checkpoint: the model.
+        rounded: whether products of matrices may round their factors to bfloat16 while a block runs, and what watches it;
+            they do where the processor is faster at that, and sum in float32.
 
     Raises:
         PoiseError: the architecture has no list of decoder blocks, or one that cannot be run alone.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, *, rounded: bool = False) -> None:
         from transformers import AutoModelForCausalLM
 
-        self.checkpoint = checkpoint
+        self.checkpoint, self.rounded = checkpoint, rounded
         self.skeleton = Skeleton(checkpoint.config)
         if self.skeleton.blocks is None:
             raise PoiseError(
@@ -171,7 +173,8 @@ class Blocks:
     def run(self, hidden: Tensor) -> Tensor:
         """What the open block makes of hidden states [batch, tokens, hidden]."""
         args, kwargs = self._calls[self.index or 0]
-        out = self.layers[self.index](hidden, *args, **kwargs)
+        with _rounded_products() if self.rounded else nullcontext():
+            out = self.layers[self.index](hidden, *args, **kwargs)
         result: Tensor = out[0] if isinstance(out, tuple) else out
         return result
 
@@ -369,3 +372,15 @@ def _weightless() -> Iterator[None]:
         yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+@contextmanager
+def _rounded_products() -> Iterator[None]:
+    """Products of float32 matrices inside may have factors in bfloat16."""
+    setting = torch.backends.mkldnn.matmul
+    before = setting.fp32_precision
+    setting.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        setting.fp32_precision = before

@@ -47,24 +47,25 @@ class Moments:
         batch = self.batches[group] = self.batches.get(group, -1) + 1
         seen = slice(self.count.get(group, 0), self.count.get(group, 0) + len(x))
         self.count[group] = self.count.get(group, 0) + len(x)
-        self.square[group] = self.square.get(group, 0) + x.double().square().sum(0)
-        self.sum[group] = self.sum.get(group, 0) + x.double().sum(0)
+        self.square[group] = self.square.get(group, 0) + x.square().sum(0).double()
+        self.sum[group] = self.sum.get(group, 0) + x.sum(0).double()
         largest = x.abs().amax(0)
         self.largest[group] = largest.maximum(self.largest.get(group, largest))
         if not self.full:
             return
         before = self.original[group][batch] if group in self.original else None
-        parts = {group: x}
-        if group in self.weighed:
-            parts = {
-                f"{name} {run}": x * weights[seen, run : run + 1]
-                for name, weights in self.weighed[group].items()
-                for run in range(weights.shape[1])
-            }
-        for key, part in parts.items():
-            _add_product(self.hessian, key, x, part)
-            if before is not None:
-                _add_product(self.cross, key, before, part)
+        if group not in self.weighed:
+            self._add_products(group, x, before)
+            return
+        for name, weights in self.weighed[group].items():
+            for run in range(weights.shape[1]):
+                root = weights[seen, run : run + 1].sqrt()  # on both sides, so that the product is symmetric
+                self._add_products(f"{name} {run}", x * root, None if before is None else before * root)
+
+    def _add_products(self, key: str, x: Tensor, before: Tensor | None) -> None:
+        _add_product(self.hessian, key, x, x)
+        if before is not None:
+            _add_product(self.cross, key, before, x)
 
     def stats(self, linear: Linear, data_hash: str) -> Stats | None:
         """Of what a linear reads, to be asked when all was added; None if it read nothing.

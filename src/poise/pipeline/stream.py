@@ -33,6 +33,8 @@ from poise.pipeline.workspace import Workspace
 
 BATCH_TOKENS = 2048
 """Tokens that a block reads at a time."""
+ROUNDED = True
+"""Whether products of what a block reads may round their factors to bfloat16."""
 READ = 1 << 26
 """Bytes of what one input group read in the original that stay in memory."""
 
@@ -190,7 +192,7 @@ class _Stream:
     def __init__(self, work: _Work, calibration: Calibration) -> None:
         self.work = work
         self.calibration = calibration
-        self.blocks = Blocks(work.checkpoint)
+        self.blocks = Blocks(work.checkpoint, rounded=ROUNDED)
         wants = [build("solver", str(row.solver)).wants for row in work.rows.values()]
         self.feeds = any("hessian" in want for want in wants)
         """Whether layers read what quantized layers before them give; else all read the original's."""

@@ -129,26 +129,9 @@ class Distill:
         if len(windows) < 2 * count:
             raise PoiseError(f"{len(windows)} windows are too few to tune on and to hold some back")
         held = list(range(len(windows) - count, len(windows)))
-        ids, batch = torch.tensor(windows), max(1, self.batch // len(windows[0]))
+        batch = max(1, self.batch // len(windows[0]))
         model.requires_grad_(False)
-        head = _head(model)
-
-        def divergence_of(some: list[int], states: Tensor) -> Tensor:
-            return divergence(states, head, original.states[some], original.head)
-
-        def loss_of(some: list[int]) -> Tensor:
-            states, inner = _states(model, ids[some], original.inner is not None)
-            loss = divergence_of(some, states)
-            if original.inner is None:
-                return loss
-            return loss + self.hidden * _error(inner, original.inner[some].transpose(0, 1))
-
-        def judge() -> float:
-            parts = [held[start : start + batch] for start in range(0, count, batch)]
-            with torch.no_grad():
-                found = [float(divergence_of(part, _states(model, ids[part])[0])) for part in parts]
-            return sum(each * len(part) for each, part in zip(found, parts, strict=True)) / count
-
+        lesson = _Lesson(model, original, torch.tensor(windows), self.hidden)
         parts = {
             name: _attach(model, name, weight, name in transposed, self.code_rate > 0)
             for name, weight in weights.items()
@@ -158,22 +141,15 @@ class Distill:
             for name, value in model.named_parameters()
             if value.dim() == 1 and "parametriz" not in name
         }
-        scales = [value for part in parts.values() for value in part.linear.values()]
-        places = [part.places for part in parts.values() if isinstance(part, LearnedWeight)]
-        groups: list[dict[str, Any]] = [
-            {"params": [value], "lr": rate * _size(value)}
-            for rate, values in ((self.norm_rate, norms.values()), (self.scale_rate, scales))
-            for value in values
-        ]
-        groups += [{"params": places, "lr": self.code_rate}]
+        groups = self._groups(list(norms.values()), list(parts.values()))
         descent = Descent(groups, steps=self.steps, windows=len(windows) - count, seed=self.seed, kept=kept)
         if descent.step == 0:
-            descent.judged(judge())
+            descent.judged(lesson.judge(held, batch))
         while descent.step < self.steps:
-            loss = loss_of(descent.draw(batch))
+            loss = lesson.loss(descent.draw(batch))
             descent.descend(loss)
             if descent.step % self.every == 0 or descent.step == self.steps:
-                now = judge()
+                now = lesson.judge(held, batch)
                 descent.judged(now)
                 descent.save()
                 seen(descent.step, self.steps, float(loss.detach()), now)
@@ -185,6 +161,50 @@ class Distill:
             after=descent.least,
             steps=descent.best_step,
         )
+
+    def _groups(self, norms: list[Tensor], parts: "list[_Weight | LearnedWeight]") -> list[dict[str, Any]]:
+        """What learns, and how fast."""
+        scales = [value for part in parts for value in part.linear.values()]
+        places = [part.places for part in parts if isinstance(part, LearnedWeight)]
+        sized: list[dict[str, Any]] = [
+            {"params": [value], "lr": rate * _size(value)}
+            for rate, values in ((self.norm_rate, norms), (self.scale_rate, scales))
+            for value in values
+        ]
+        return [*sized, {"params": places, "lr": self.code_rate}]
+
+
+class _Lesson:
+    """What a model is taught: the original's answers to windows.
+
+    Args:
+        ids: the windows, [windows, length].
+        hidden: weight of the hidden states' error.
+    """
+
+    def __init__(self, model: Any, original: Answers, ids: Tensor, hidden: float) -> None:
+        self.model, self.original, self.ids, self.hidden = model, original, ids, hidden
+        self.head = _head(model)
+
+    def loss(self, some: list[int]) -> Tensor:
+        """Of some windows: their divergence, and the hidden states' error if those are taught."""
+        states, inner = _states(self.model, self.ids[some], self.original.inner is not None)
+        loss = self._divergence(states, some)
+        if self.original.inner is None:
+            return loss
+        return loss + self.hidden * _error(inner, self.original.inner[some].transpose(0, 1))
+
+    @torch.no_grad()
+    def judge(self, some: list[int], batch: int) -> float:
+        """Mean divergence over windows, so many at a time."""
+        total = 0.0
+        for start in range(0, len(some), batch):
+            part = some[start : start + batch]
+            total += len(part) * float(self._divergence(_states(self.model, self.ids[part])[0], part))
+        return total / len(some)
+
+    def _divergence(self, states: Tensor, some: list[int]) -> Tensor:
+        return divergence(states, self.head, self.original.states[some], self.original.head)
 
 
 def distill_of(spec: str) -> Distill:
