@@ -31,7 +31,7 @@ def test_the_record_says_where_time_went(llama, tmp_path):
     poise.quantize(llama, "mobile", tmp_path / "out", to=["gguf", "compressed-tensors"])
     for name in ("gguf", "compressed-tensors"):
         record = json.loads((tmp_path / "out" / f"{name}.run.json").read_text())
-        assert set(record["stages"]) == {"solve", "export"}
+        assert set(record["stages"]) == {"calibrate", "solve", "export"}
         assert min(record["stages"].values()) > 0
         assert sum(record["stages"].values()) <= record["wall_seconds"] + 0.01
         assert record["peak_memory"] > 1 << 20
@@ -126,6 +126,12 @@ def test_a_resumed_run_does_not_solve_again(llama, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
     first = list(solved)
     solved.clear()
+    before = [
+        json.loads(line)
+        for line in (tmp_path / "out.partial" / "seconds.jsonl").read_text().split("\n")
+        if line
+    ]
+    assert before[-1].keys() == {"solve"}
 
     def noting(self, *args, name, **kwargs):
         if not isinstance(self, Rtn):
@@ -135,6 +141,9 @@ def test_a_resumed_run_does_not_solve_again(llama, tmp_path, monkeypatch):
     monkeypatch.setattr(Solver, "solve", noting)
     poise.quantize(llama, "mobile", tmp_path / "out", resume=True)
     assert not set(first) & set(solved)
+    record = json.loads((tmp_path / "out.run.json").read_text())
+    assert record["stages"]["solve"] > before[-1]["solve"]
+    assert record["stages"]["solve"] < before[-1]["solve"] + record["wall_seconds"]
 
 
 def test_ctrl_c_ends_with_130_and_says_how_to_go_on(llama, tmp_path):

@@ -6,8 +6,6 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -93,7 +91,7 @@ class Run:
     """The record of one run. Times and memory are about this run, so it stays out of artifacts.
 
     Attributes:
-        stages: seconds of the parts of the work.
+        stages: seconds of the parts of the work, those of earlier attempts that were interrupted included.
     """
 
     command: str
@@ -106,13 +104,6 @@ class Run:
     peak_memory: int = 0
     stages: dict[str, float] = field(default_factory=dict)
     matrices: list[dict[str, Any]] = field(default_factory=list)
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Adds what is done inside to the time of a stage."""
-        start = time.perf_counter()
-        yield
-        self.stages[name] = self.stages.get(name, 0.0) + time.perf_counter() - start
 
     def finish(self) -> None:
         self.wall_seconds = time.time() - self.started

@@ -377,7 +377,7 @@ def _weightless() -> Iterator[None]:
 @contextmanager
 def _rounded_products() -> Iterator[None]:
     """Products of float32 matrices inside may have factors in bfloat16."""
-    setting = torch.backends.mkldnn.matmul
+    setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = setting.fp32_precision
     setting.fp32_precision = "bf16"
     try:

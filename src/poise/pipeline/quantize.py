@@ -106,13 +106,15 @@ def quantize(
         with explain_full_disk(
             job.out.parent, f"free some and --resume: finished matrices are in {workspace.path}"
         ):
-            with run.stage("solve"):
+            with workspace.stage("calibrate"):
                 windows = reading.calibration(workspace, progress)
+            with workspace.stage("solve"):
                 first = windows and windows.first(tokens_of(job.plan))
                 source = transformed(planned, job.plan, first, workspace, progress)
                 solve_plan(source, job.plan, first if wants_stats(job.plan) else None, workspace, progress)
                 source = corrected(source, job.plan, first, workspace, progress)
-                if job.plan.tune is not None and windows is not None:
+            if job.plan.tune is not None and windows is not None:
+                with workspace.stage("train"):
                     source = tune(source, job.plan, windows, workspace, progress)
             if windows is not None:
                 tokenizer = checkpoint.tokenizer()
@@ -230,7 +232,7 @@ def _assemble(
     shingles: Hashes | None,
     progress: Progress,
 ) -> Artifact:
-    with run.stage("export"):
+    with workspace.stage("export"):
         progress("export", 0, 1)
         folder = workspace.fresh_artifact()
         rows = {row.name: row for row in job.plan.quantized}
@@ -246,10 +248,9 @@ def _assemble(
     write_atomically(folder / CARD, model_card(manifest, job.plan, None))
     manifest = replace(manifest, files=list_files(folder))
     write_manifest(folder, manifest)
-    outcomes = workspace.noted()
+    run.matrices, run.stages = workspace.noted(), workspace.seconds()
     workspace.publish()
     run.finish()
-    run.matrices = outcomes
     write_atomically(job.out.with_name(job.out.name + ".run.json"), json.dumps(asdict(run), indent=1) + "\n")
     return Artifact(path=job.out, manifest=manifest, plan=job.plan)
 

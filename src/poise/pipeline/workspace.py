@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -109,20 +110,29 @@ class Workspace:
     def note(self, outcome: dict[str, Any]) -> None:
         """Keeps what solving a matrix came to."""
         with open(self.path / "outcomes.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(outcome) + "\n")
+            file.write("\n" + json.dumps(outcome))  # after what a killed run left of a line
 
     def noted(self) -> list[dict[str, Any]]:
         """What ``note`` kept, the last of each matrix."""
+        return list({item["name"]: item for item in _lines(self.path / "outcomes.jsonl")}.values())
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Keeps what the work inside took, also when it is interrupted; a killed process loses that of its stage."""
+        start = time.perf_counter()
         try:
-            lines = (self.path / "outcomes.jsonl").read_text(encoding="utf-8").splitlines()
-        except FileNotFoundError:
-            return []
-        found: dict[str, dict[str, Any]] = {}
-        for line in lines:
-            with suppress(ValueError):  # a run that was killed leaves half a line
-                item = json.loads(line)
-                found[item["name"]] = item
-        return list(found.values())
+            yield
+        finally:
+            with open(self.path / "seconds.jsonl", "a", encoding="utf-8") as file:
+                file.write("\n" + json.dumps({name: time.perf_counter() - start}))
+
+    def seconds(self) -> dict[str, float]:
+        """What all stages took so far, over all attempts."""
+        found: dict[str, float] = {}
+        for item in _lines(self.path / "seconds.jsonl"):
+            for name, value in item.items():
+                found[name] = found.get(name, 0.0) + value
+        return found
 
     def _file(self, row: PlanRow) -> Path:
         """One file for what determines the codes."""
@@ -148,6 +158,14 @@ class Workspace:
         shutil.rmtree(self.path)
         if old.exists():
             shutil.rmtree(old)
+
+
+def _lines(file: Path) -> Iterator[dict[str, Any]]:
+    """Of a file of JSON lines, which may be absent."""
+    if file.exists():
+        for line in file.read_text(encoding="utf-8").splitlines():
+            with suppress(ValueError):  # blank, or cut off when a run was killed
+                yield json.loads(line)
 
 
 def _store(weight: QTensor, file: Path) -> None:
