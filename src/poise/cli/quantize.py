@@ -58,7 +58,7 @@ def run(
     exporters = to or ["gguf"]
     if dry_run:
         terminal.quiet_libraries()
-        _show_estimates(pipeline.dry_run(model, wish, out, to=exporters), as_json)
+        _show_estimates(pipeline.dry_run(model, wish, out, to=exporters, calibration=calibration), as_json)
         return
     with terminal.progress() as progress:
         artifacts = pipeline.quantize(

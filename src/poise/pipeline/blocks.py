@@ -173,7 +173,7 @@ class Blocks:
     def run(self, hidden: Tensor) -> Tensor:
         """What the open block makes of hidden states [batch, tokens, hidden]."""
         args, kwargs = self._calls[self.index or 0]
-        with _rounded_products() if self.rounded else nullcontext():
+        with rounded_products() if self.rounded else nullcontext():
             out = self.layers[self.index](hidden, *args, **kwargs)
         result: Tensor = out[0] if isinstance(out, tuple) else out
         return result
@@ -375,7 +375,7 @@ def _weightless() -> Iterator[None]:
 
 
 @contextmanager
-def _rounded_products() -> Iterator[None]:
+def rounded_products() -> Iterator[None]:
     """Products of float32 matrices inside may have factors in bfloat16."""
     setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = setting.fp32_precision

@@ -1,5 +1,6 @@
 """What a run would do and need, told before anything is done."""
 
+import math
 import shutil
 import time
 from collections.abc import Sequence
@@ -8,13 +9,15 @@ from pathlib import Path
 
 import torch
 
+from poise.calibration.generated import TEXTS
 from poise.core.checkpoint import Checkpoint
 from poise.core.linear import Linear
 from poise.core.plan import Plan, PlanRow
 from poise.core.registry import build
 from poise.core.run import peak_memory
 from poise.core.stats import Stats
-from poise.pipeline.reading import reads, tokens_of, wants_hessian
+from poise.pipeline.blocks import rounded_products
+from poise.pipeline.reading import Reading, reads, tokens_of, wants_hessian
 from poise.pipeline.spool import MEMORY
 from poise.pipeline.stream import BATCH_TOKENS, READ
 
@@ -26,14 +29,20 @@ LIBRARIES = 350_000_000
 """Bytes of transformers' model code and compiled loops, which a dry run does not load."""
 REREAD = 2.4
 """Block passes of the quantized stream: as far as each input group, and once to the end."""
+BESIDE = 2.0
+"""Time of reading a block over that of its products alone: attention and what is done element by element."""
+BESIDE_TRAINING = 2.7
+"""Likewise of a step of training, which is products in bfloat16."""
+WRITE_RATE = 3e9
+"""Bytes of weights and cache a second that writing text reads."""
 TRAINED = 12
 """Bytes a weight of training: original in float32, what parameters multiply, gradients."""
 LEARNED = 26
 """Further bytes a weight where codes are trained: places, gradients, Adam's two means, levels and their distances."""
 KEPT = 16
 """Bytes a weight of the state from which training goes on: places, the best ones, Adam's two means."""
-PASSES = 7
-"""Operations with each weight for a token of training: forward, backward, and what is computed beside."""
+PASSES = 6
+"""Operations with each weight for a token of training: forward and backward."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +50,7 @@ class Estimate:
     """What a run would do and need, told before anything is done.
 
     Attributes:
-        seconds: solving time, from a sample of every distinct (solver, format); reading, training and copying.
+        seconds: solving time, from a sample of every distinct (solver, format); writing text, reading, training, copying.
         memory: peak resident bytes of the process.
         disk: bytes that are written, unfinished state included.
     """
@@ -75,12 +84,12 @@ def free_disk(path: Path) -> int:
     return shutil.disk_usage(existing).free
 
 
-def estimate(checkpoint: Checkpoint, plan: Plan, out: Path) -> Estimate:
-    """Reads only headers; rates of this machine are measured for a second or two."""
+def estimate(checkpoint: Checkpoint, plan: Plan, out: Path, reading: Reading) -> Estimate:
+    """Reads headers and the calibration text; rates of this machine are measured for a second or two."""
     size = artifact_bytes(checkpoint, plan)
     infos = checkpoint.tensors()
     largest = max(infos[row.name].nbytes + 2 * infos[row.name].numel for row in plan.rows)
-    seconds, memory, spilled = _reading_cost(checkpoint, plan)
+    seconds, memory, spilled = _reading_cost(checkpoint, plan, reading)
     return Estimate(
         out=out,
         plan=plan,
@@ -93,11 +102,11 @@ def estimate(checkpoint: Checkpoint, plan: Plan, out: Path) -> Estimate:
     )
 
 
-def _reading_cost(checkpoint: Checkpoint, plan: Plan) -> tuple[float, int, int]:
-    """Seconds, bytes of memory and bytes of disk that reading and training take."""
+def _reading_cost(checkpoint: Checkpoint, plan: Plan, reading: Reading) -> tuple[float, int, int]:
+    """Seconds, bytes of memory and bytes of disk that writing text, reading it and training take."""
     if not reads(plan):
         return 0.0, 0, 0
-    tokens = tokens_of(plan)
+    tokens = min(tokens_of(plan), (len(reading.given) or reading.lacking) * reading.length)
     linears = {linear.name: linear for linear in checkpoint.linears()}
     blocks: dict[int, list[Linear]] = {}
     for linear in linears.values():
@@ -110,19 +119,29 @@ def _reading_cost(checkpoint: Checkpoint, plan: Plan) -> tuple[float, int, int]:
     if wants_hessian(plan):
         passes += REREAD
         products = sum(2.0 * columns**2 for columns in groups.values())
-    rate = _rate()
-    seconds = 2 * tokens * (weights * passes + products) / rate
+    seconds = BESIDE * 2 * tokens * (weights * passes + products) / _rate(torch.float32)
     memory, spilled = _stream_memory(list(blocks.values()), planned, tokens, wants_hessian(plan))
+    everything = sum(info.numel for info in checkpoint.tensors().values())
+    if reading.lacking:
+        width = sum(
+            linear.rows for linear in linears.values() if linear.role in ("attention.k", "attention.v")
+        )
+        cache = 2 * width * reading.length * min(TEXTS, reading.lacking)
+        rounds = math.ceil(reading.lacking / TEXTS) * reading.length
+        seconds += rounds * (2 * everything + cache / 2) / WRITE_RATE
+        memory = max(memory, 2 * everything + cache + LIBRARIES)
     if plan.tune is not None:
         from poise.training.distill import TAUGHT, distill_of
 
         steps = distill_of(plan.tune)
-        seconds += (2 * tokens + steps.steps * steps.batch * PASSES) * weights / rate
+        read = (len(reading.given) + reading.lacking) * reading.length
+        head = max((linear.numel for linear in linears.values() if "head" in linear.roles), default=0)
+        work = (2 * read + steps.steps * steps.batch * PASSES) * (weights + head)
+        seconds += BESIDE_TRAINING * work / _rate(torch.bfloat16)
         width = min(linear.columns for block in blocks.values() for linear in block)
-        hidden = 2 * width * (len(blocks) // TAUGHT) * max(tokens, steps.tokens) if steps.hidden else 0
+        hidden = 2 * width * (len(blocks) // TAUGHT) * read if steps.hidden else 0
         spilled = max(spilled, hidden + (KEPT * weights if steps.code_rate else 0))
-        each = TRAINED + (LEARNED if steps.code_rate else 0)
-        memory = max(memory, each * sum(info.numel for info in checkpoint.tensors().values()))
+        memory = max(memory, (TRAINED + (LEARNED if steps.code_rate else 0)) * everything)
     return seconds, memory, spilled
 
 
@@ -149,13 +168,14 @@ def _stream_memory(
     return most + LIBRARIES, spilled
 
 
-def _rate() -> float:
-    """Floating-point operations a second of a product of matrices, timed here."""
-    x, w = torch.ones(1024, 2048), torch.ones(2048, 2048)
-    x @ w
-    start = time.perf_counter()
-    x @ w
-    return 2 * x.numel() * 2048 / (time.perf_counter() - start)
+def _rate(dtype: torch.dtype) -> float:
+    """Floating-point operations a second of a product of matrices, as blocks are read and trained; timed here."""
+    x, w = torch.ones(1024, 2048, dtype=dtype), torch.ones(2048, 2048, dtype=dtype)
+    with rounded_products():
+        x @ w
+        start = time.perf_counter()
+        x @ w
+        return 2 * x.numel() * 2048 / (time.perf_counter() - start)
 
 
 def _solving_seconds(plan: Plan) -> float:

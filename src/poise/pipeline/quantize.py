@@ -131,12 +131,16 @@ def dry_run(
     out: str | Path,
     *,
     to: str | Sequence[str] = "gguf",
+    calibration: str | Path | None = None,
 ) -> list[Estimate]:
-    """What ``quantize`` would do: the plan, sizes, time, memory and disk. Reads only the headers."""
+    """What ``quantize`` would do: the plan, sizes, time, memory and disk. Reads headers and the calibration text."""
     checkpoint = open_checkpoint(model)
     wish = _wish(recipe)
     planned = checked(checkpoint, wish.transforms)
-    return [estimate(planned, job.plan, job.out) for job in _jobs(planned, wish, Path(out), to)]
+    jobs = _jobs(planned, wish, Path(out), to)
+    return [
+        estimate(planned, job.plan, job.out, reading_of(checkpoint, job.plan, calibration)) for job in jobs
+    ]
 
 
 def _command(

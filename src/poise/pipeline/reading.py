@@ -3,6 +3,7 @@
 import hashlib
 import warnings
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -83,28 +84,40 @@ class Reading:
         """Tokens that training wants, so that none is read too often."""
         return self._trained // distill_of(self.plan.tune).reads if self.plan.tune else 0
 
+    @cached_property
+    def given(self) -> list[list[int]]:
+        """Windows of the text, as many as are wanted."""
+        if self.text is None or not reads(self.plan):
+            return []
+        limit = max(1, self.tokens // self.length)
+        return self.text.windows(self.checkpoint.tokenizer(), self.length, limit)
+
+    @property
+    def lacking(self) -> int:
+        """Windows that the model writes itself: all, or what a text lacks for training."""
+        if self.text is None:
+            return max(1, self.tokens // self.length) if reads(self.plan) else 0
+        return max(0, self._fresh // self.length - len(self.given))
+
     def calibration(self, workspace: Workspace, progress: Progress) -> Calibration | None:
-        """All windows, if the plan needs any. What a text lacks for training, the model writes itself."""
+        """All windows, if the plan needs any."""
         if not reads(self.plan):
             return None
-        limit = max(1, self.tokens // self.length)
+        written = self._written(workspace, progress) if self.lacking else []
         if self.text is None:
-            return Calibration(windows=self._written(limit, workspace, progress), hash=self.hash)
-        windows = self.text.windows(self.checkpoint.tokenizer(), self.length, limit)
-        lacking = self._fresh // self.length - len(windows)
-        written = self._written(lacking, workspace, progress) if lacking > 0 else []
-        return Calibration(windows=windows, hash=self.hash, written=written)
+            return Calibration(windows=written, hash=self.hash)
+        return Calibration(windows=self.given, hash=self.hash, written=written)
 
-    def _written(self, windows: int, workspace: Workspace, progress: Progress) -> list[list[int]]:
+    def _written(self, workspace: Workspace, progress: Progress) -> list[list[int]]:
         """What the model writes, once for a run."""
         known = workspace.load_tensors("written")
         if known is None:
-            known = {"tokens": torch.tensor(self._write(windows, progress), dtype=torch.int32)}
+            known = {"tokens": torch.tensor(self._write(progress), dtype=torch.int32)}
             workspace.store_tensors("written", known)
         found: list[list[int]] = known["tokens"].tolist()
         return found
 
-    def _write(self, windows: int, progress: Progress) -> list[list[int]]:
+    def _write(self, progress: Progress) -> list[list[int]]:
         tokenizer = self.checkpoint.tokenizer()
         opening = tokenizer("")["input_ids"][:1]
         embedding = next(linear for linear in self.checkpoint.linears() if linear.role == "embedding")
@@ -112,7 +125,7 @@ class Reading:
             engine.load(self.checkpoint)
             return write_windows(
                 engine.writer,
-                windows=windows,
+                windows=self.lacking,
                 length=self.length,
                 opening=opening,
                 banned=sorted(set(tokenizer.all_special_ids)),
