@@ -19,6 +19,7 @@ from poise.core.errors import ExportError, FormatError, PoiseError, UsageError
 from poise.core.plan import Option, Plan, Recipe, Rule
 from poise.core.registry import names
 from poise.planning.grid import EXAMPLES
+from poise.planning.presets import preset_recipe
 
 
 def contents(folder):
@@ -278,6 +279,24 @@ def test_dry_run_does_nothing_and_predicts_the_size(llama, tmp_path):
     (artifact,) = poise.quantize(llama, "mobile", tmp_path / "out")
     assert estimate.artifact_bytes == pytest.approx(artifact.manifest.weight_bytes, rel=0.02)
     assert estimate.plan == artifact.plan
+
+
+def test_dry_run_counts_training(llama, tmp_path):
+    from poise.pipeline import dry_run
+
+    text = tmp_path / "text.txt"
+    text.write_text("some words " * 40_000)
+
+    def told(preset):
+        recipe = preset_recipe(preset, 4, 32)
+        (found,) = dry_run(llama, recipe, tmp_path / "out", to="compressed-tensors", calibration=text)
+        return found
+
+    balanced, best = told("balanced"), told("best")
+    assert best.seconds > balanced.seconds
+    assert best.memory > balanced.memory
+    assert best.disk > balanced.disk
+    assert not list(tmp_path.glob("out*"))
 
 
 FORMATS = [spec for name in names("format") for spec in EXAMPLES.get(name, (name,))]

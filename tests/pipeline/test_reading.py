@@ -62,6 +62,7 @@ def test_what_a_text_lacks_for_training_is_written_for_training_alone(llama, tmp
     assert len(found.windows) + len(found.written) == 2560 // text.length
     assert 0 < len(found.windows) < 10
     assert all(len(window) == text.length for window in found.written)
+    assert text.lacking == len(found.written)
     assert not found.first(10**6).written
     enough = dataclasses.replace(plan, tune="distill(steps=1, batch=128, held=0.0, reads=2)")
     text = reading_of(open_checkpoint(llama), enough, tmp_path / "a.txt")
