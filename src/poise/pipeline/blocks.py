@@ -376,8 +376,11 @@ def _weightless() -> Iterator[None]:
 
 @contextmanager
 def rounded_products() -> Iterator[None]:
-    """Products of float32 matrices inside may have factors in bfloat16."""
-    setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    """Products of float32 matrices inside may have factors in bfloat16; versions of torch that cannot say so keep float32."""
+    setting: Any = getattr(torch.backends.mkldnn, "matmul", None)
+    if setting is None:
+        yield
+        return
     before = setting.fp32_precision
     setting.fp32_precision = "bf16"
     try:
