@@ -31,7 +31,7 @@ REREAD = 2.4
 """Block passes of the quantized stream: as far as each input group, and once to the end."""
 BESIDE = 2.0
 """Time of reading a block over that of its products alone: attention and what is done element by element."""
-BESIDE_TRAINING = 2.7
+BESIDE_TRAINING = 3.3
 """Likewise of a step of training, which is products in bfloat16."""
 WRITE_RATE = 3e9
 """Bytes of weights and cache a second that writing text reads."""
