@@ -11,6 +11,9 @@ from poise.core.errors import FormatError, PoiseWarning
 RETRIES = 8
 """Damping grows tenfold until the factor exists: from 0.01 of the mean that is more than any rounding error needs."""
 
+BASE = 256
+"""Rows of a triangular matrix that is inverted directly."""
+
 
 @dataclass(frozen=True)
 class Factor:
@@ -67,7 +70,7 @@ def cholesky(hessian: Tensor, damp: float, order: Tensor | None = None) -> Tenso
     """
     added = damping(hessian, damp)
     mean = float((hessian.diagonal().double() + added).mean())
-    wide = (hessian if order is None else hessian[order][:, order]).double()
+    wide = (hessian if order is None else hessian.index_select(0, order).index_select(1, order)).double()
     wide.diagonal().add_(added if order is None else added[order])
     extra = 0.0
     for attempt in range(RETRIES):
@@ -108,9 +111,27 @@ def factorize(hessian: Tensor, *, damp: float, width: int = 1, act_order: bool =
         order = order.view(-1, width)[units].flatten()
     # H^-1 = U^T U with U the inverse of the factor of H in reversed order, reversed: one triangular inverse.
     lower = cholesky(hessian, damp, order.flip(0))
-    inverse = torch.eye(n, dtype=torch.float64)
-    torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
-    del lower
-    narrow = inverse.float()
-    del inverse
+    half = n // 2
+    first, last = lower[:half, :half], lower[half:, half:]
+    invert_lower(first)
+    invert_lower(last)
+    narrow = lower.float()  # as the factor is stored; the last products are made in it
+    corner = narrow[half:, half:] @ (narrow[half:, :half] @ narrow[:half, :half])
+    narrow[half:, :half] = corner.neg_()
     return Factor(order=order, upper=narrow.flip(0, 1))
+
+
+def invert_lower(lower: Tensor) -> None:
+    """Replaces a lower triangular matrix by its inverse.
+
+    By halves: of [[A, 0], [B, C]] it is [[A^-1, 0], [-C^-1 B A^-1, C^-1]], a third of the work of solving for the identity.
+    """
+    n = len(lower)
+    if n <= BASE:
+        eye = torch.eye(n, dtype=lower.dtype)
+        lower.copy_(torch.linalg.solve_triangular(lower, eye, upper=False))
+        return
+    half = n // 2
+    invert_lower(lower[:half, :half])
+    invert_lower(lower[half:, half:])
+    lower[half:, :half] = -(lower[half:, half:] @ (lower[half:, :half] @ lower[:half, :half]))

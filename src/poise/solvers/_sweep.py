@@ -1,7 +1,7 @@
-"""Error feedback and coordinate descent for scalar formats, compiled: a row at a time, on ladders of values.
+"""Error feedback and coordinate descent for scalar formats, compiled, on ladders of values.
 
-A ladder holds, for a row and a group of columns, the values of all codes: [rows, groups, levels]. Here each is
-ascending. Ties go to the lower level.
+A ladder holds, for a row and a group of columns, the values of all codes, here in ascending order. Ties go to the lower
+level.
 """
 
 from typing import Any
@@ -10,6 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from poise.kernels import fast, inlined
+
+ROWS = 64
+"""Rows that are swept side by side: a panel of them stays in the first-level cache."""
+FEW = 32
+"""Levels up to which comparing with all of them is faster than a binary search, which does not vectorise."""
 
 Floats = NDArray[np.float32]
 Ints = NDArray[Any]
@@ -32,26 +37,50 @@ def nearest(ladder, value):  # type: ignore[no-untyped-def]
 def sweep(w: Floats, upper: Floats, ladders: Floats, group: Ints, index: Ints, error: Floats) -> None:
     """Rounds the columns of a panel in turn and carries each error to the columns of the panel that follow.
 
+    Rows go side by side, a few at a time, so that every loop inside is over neighbours in memory.
+
     Args:
-        w: [rows, n], what is to be rounded; changed in place.
+        w: [rows, n], what is to be rounded.
         upper: [n, n], the panel's part of the upper Cholesky factor of the inverse Hessian.
-        ladders: [rows, groups, levels], ascending.
+        ladders: [groups, levels, rows], ascending.
         group: [n], which ladder a column has.
         index: [rows, n], receives the positions in the ladders.
         error: [rows, n], receives (w - w') / upper[j, j], for the columns beyond the panel.
     """
     rows, n = w.shape
-    for r in range(rows):
-        row = w[r]
+    levels = ladders.shape[1]
+    work, lost = np.empty((n, ROWS), np.float32), np.empty(ROWS, np.float32)
+    best, place = np.empty(ROWS, np.float32), np.empty(ROWS, np.int32)
+    for first in range(0, rows, ROWS):
+        count = min(ROWS, rows - first)
+        for r in range(count):
+            for j in range(n):
+                work[j, r] = w[first + r, j]
         for j in range(n):
-            ladder = ladders[r, group[j]]
-            k = nearest(ladder, row[j])  # type: ignore[no-untyped-call]
-            index[r, j] = k
-            e = (row[j] - ladder[k]) / upper[j, j]
-            error[r, j] = e
-            line = upper[j]
+            here, values = work[j], ladders[group[j]]
+            if levels <= FEW:
+                lowest = values[0]
+                for r in range(count):
+                    best[r], place[r] = lowest[first + r], 0
+                for k in range(1, levels):
+                    level = values[k]
+                    for r in range(count):
+                        value = level[first + r]
+                        nearer = value - here[r] < here[r] - best[r]
+                        best[r] = value if nearer else best[r]
+                        place[r] = k if nearer else place[r]
+            else:
+                for r in range(count):
+                    place[r] = nearest(values[:, first + r], here[r])  # type: ignore[no-untyped-call]
+                    best[r] = values[place[r], first + r]
+            for r in range(count):
+                lost[r] = (here[r] - best[r]) / upper[j, j]
+                error[first + r, j] = lost[r]
+                index[first + r, j] = place[r]
             for i in range(j + 1, n):
-                row[i] -= e * line[i]
+                after, share = work[i], upper[j, i]
+                for r in range(count):
+                    after[r] -= share * lost[r]
 
 
 @fast

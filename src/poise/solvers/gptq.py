@@ -106,7 +106,10 @@ class Gptq(Solver):
         """Positions in the ladders of the columns from ``start`` on; ``work`` beyond them takes their errors."""
         rows, n = work.shape
         stop = start + len(ladders.group)
-        values, group = ladders.values.numpy(), ladders.group.contiguous().numpy()
+        values, group = (
+            ladders.values.permute(1, 2, 0).contiguous().numpy(),
+            ladders.group.contiguous().numpy(),
+        )
         index = torch.empty(rows, stop - start, dtype=torch.uint8)
         for first in range(start, stop, self.panel):
             last = min(first + self.panel, stop)
@@ -118,7 +121,7 @@ class Gptq(Solver):
             sweep(panel.numpy(), corner, values, runs, part.numpy(), error.numpy())
             index[:, first - start : last - start] = part
             if last < n:
-                work[:, last:] -= error @ upper[:, last:]
+                work[:, last:].addmm_(error, upper[:, last:], alpha=-1)
         return index
 
     def _refitted(
