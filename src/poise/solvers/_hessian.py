@@ -111,14 +111,8 @@ def factorize(hessian: Tensor, *, damp: float, width: int = 1, act_order: bool =
         order = order.view(-1, width)[units].flatten()
     # H^-1 = U^T U with U the inverse of the factor of H in reversed order, reversed: one triangular inverse.
     lower = cholesky(hessian, damp, order.flip(0))
-    half = n // 2
-    first, last = lower[:half, :half], lower[half:, half:]
-    invert_lower(first)
-    invert_lower(last)
-    narrow = lower.float()  # as the factor is stored; the last products are made in it
-    corner = narrow[half:, half:] @ (narrow[half:, :half] @ narrow[:half, :half])
-    narrow[half:, :half] = corner.neg_()
-    return Factor(order=order, upper=narrow.flip(0, 1))
+    invert_lower(lower)
+    return Factor(order=order, upper=lower.float().flip(0, 1))
 
 
 def invert_lower(lower: Tensor) -> None:
