@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 SMOLLM2 := $(VENV)/.smollm2
 WORKERS ?= 2
 
-.PHONY: demo test lint format docs bench bench-memory bench-speed bench-formats bench-solvers bench-quality bench-decoding bench-ranking bench-scoring bench-agreement verify-vllm clean
+.PHONY: demo test lint format docs bench bench-memory bench-speed bench-formats bench-feedback bench-solvers bench-quality bench-decoding bench-ranking bench-scoring bench-agreement verify-vllm clean
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -53,6 +53,10 @@ bench-formats: $(INSTALLED)
 
 bench-solvers: $(SMOLLM2)
 	$(BIN)/python benchmarks/solvers.py
+
+bench-feedback: $(INSTALLED)
+	bash benchmarks/peers/install.sh gptqmodel llmcompressor
+	$(BIN)/python benchmarks/feedback.py
 
 # TEXT is a development text such as the validation split of WikiText-2.
 bench-quality: $(SMOLLM2)
