@@ -45,7 +45,7 @@ def test_no_group_is_worse_than_with_rtn(spec, weighted):
     weight = weights()
     importance = torch.rand(256, generator=torch.Generator().manual_seed(1)) ** 4 if weighted else None
     search, rtn = (errors(weight, spec, solver, importance) for solver in ("search", "rtn"))
-    assert (search <= rtn * 1.008).all()  # the best scale is found first and rounded to float16 then
+    assert (search <= rtn * 1.004).all()  # the best scale is found first and rounded to float16 then
     assert search.sum() < rtn.sum()
 
 
