@@ -15,7 +15,7 @@ from poise.core.bits import pack_bits, unpack_bits, words
 from poise.core.errors import UsageError
 from poise.core.format import Format, Params
 from poise.formats._chance import by_chance
-from poise.formats._groups import Group, Groups
+from poise.formats._groups import Group, Groups, ranges
 from poise.formats._scales import DTYPES, KINDS, Scales
 from poise.formats._search import (
     Codes,
@@ -91,11 +91,11 @@ class Grid(Format):
 
     def cover(self, weight: Tensor) -> Params:
         low, high = self.groups.extremes(weight)
-        return self.scales.store(self.scales.covering(self._cover(low, high)))
+        return self.scales.store(self.scales.covering(self._cover(low, high, self.table)))
 
-    def _cover(self, low: Tensor, high: Tensor) -> Tensor:
+    def _cover(self, low: Tensor, high: Tensor, table: "Table") -> Tensor:
         """The extreme weight of each group on the outermost level, where the scale may be negative for that."""
-        first, last = float(self.table.levels.values[0]), float(self.table.levels.values[-1])
+        first, last = float(table.levels.values[0]), float(table.levels.values[-1])
         if self.scales.negative and first != -last:
             far = last if last > -first else first
             return torch.where(high >= -low, high, low) / far
@@ -112,7 +112,7 @@ class Grid(Format):
         arrays = (x.numpy(), w.numpy(), n)
         scales, _ = best_scales(*arrays, table.levels, table.ratios(n), self.scales.negative, POLISH)
         found = torch.from_numpy(scales)
-        near = self.scales.around(found)
+        near = self.scales.candidates(found, self._cover(*ranges(x, n), table))
         if near is not None:
             best = torch.from_numpy(best_candidate(*arrays, table.levels, near.numpy()))
             found = near.gather(-1, best.unsqueeze(-1)).squeeze(-1)

@@ -100,9 +100,7 @@ class Groups:
         if self.whole:
             low, high = torch.aminmax(weight)
             return low.view(1, 1), high.view(1, 1)
-        low, high = (
-            torch.from_numpy(part) for part in extremes(weight.contiguous().numpy(), self.of(columns))
-        )
+        low, high = ranges(weight.contiguous(), self.of(columns))
         if self.rows == 1:
             return low, high
         padded = [torch.cat((part, part[-1:].expand(-rows % self.rows, -1))) for part in (low, high)]
@@ -131,3 +129,9 @@ class Groups:
         if self.rows <= 1:
             return params
         return {key: value.repeat_interleave(self.rows, dim=0)[:rows] for key, value in params.items()}
+
+
+def ranges(x: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Smallest and largest weight of runs of n columns, [rows, runs]; the last run may be shorter."""
+    low, high = extremes(x.numpy(), n)
+    return torch.from_numpy(low), torch.from_numpy(high)

@@ -3,6 +3,8 @@
 W is [n, m], U [n, R] and V [m, R] of -1 and 1, h [n, 1], l [R], g [m, 1]. First ADMM: U and V are free, and drawn to
 signs times magnitudes of rank one (NanoQuant's LB-ADMM; the magnitudes are Dual-SVID's, of LittleBit). Then every part is
 refined for the rest: signs by flipping while it helps, l, h and g by least squares; none makes the error larger.
+
+Products are of whole matrices: those of slabs are rounded otherwise, and the signs would depend on the slabs.
 """
 
 from typing import Any, NamedTuple
@@ -60,24 +62,21 @@ def nearest_signs(w: Tensor, h: Tensor, other: Tensor, start: Tensor | None = No
         other: [m, R].
         start: signs to begin with; without, those that ADMM draws the least squares to.
     """
-    gram = other.t() @ other
-    mean = float(gram.diagonal().mean())
-    inverse = _inverse(gram.clone(), FIXED_PULL * mean) if start is None else gram
-    out = torch.empty(len(w), other.shape[1])
+    gram, target = other.t() @ other, w @ other
+    if start is None:
+        pull = FIXED_PULL * float(gram.diagonal().mean())
+        u = _relaxed_signs(target / divisor(h), _inverse(gram.clone(), pull), pull)
+    else:
+        u = start.clone()
+    slope = target.sub_((u * h) @ gram)
 
-    def search(rows: slice) -> None:
-        size, target = h[rows], w[rows] @ other
-        if start is None:
-            u = _relaxed_signs(target / divisor(size), inverse, FIXED_PULL * mean)
-        else:
-            u = start[rows].clone()
-        slope = target.sub_((u * size) @ gram)
-        _flip(u.numpy(), slope.numpy(), size[:, 0].contiguous().numpy(), gram.numpy(), SWEEPS)
-        out[rows] = u
+    def flip(rows: slice) -> None:
+        size = h[rows, 0].contiguous()
+        _flip(u[rows].numpy(), slope[rows].numpy(), size.numpy(), gram.numpy(), SWEEPS)
 
-    if out.numel():
-        map_slabs(search, *w.shape)
-    return out
+    if u.numel():
+        map_slabs(flip, *w.shape)
+    return u
 
 
 @fast
@@ -138,14 +137,10 @@ def _pulled(w: Tensor, other: Tensor, u: Tensor, a: Tensor, share: float) -> Non
     inverse = _inverse(gram, pull)
     del gram
     left, right = _sizes(a)
-
-    def step(rows: slice) -> None:
-        z = _sign(a[rows]) * left[rows] * right
-        goal = (w[rows] @ other).add_(2 * z - a[rows], alpha=pull)
-        u[rows] = goal @ inverse
-        a[rows] += u[rows] - z
-
-    map_slabs(step, *w.shape)
+    z = _sign(a).mul_(left).mul_(right)
+    goal = (w @ other).add_(z, alpha=2 * pull).sub_(a, alpha=pull)
+    torch.mm(goal, inverse, out=u)
+    a.add_(u).sub_(z)
 
 
 def _inverse(gram: Tensor, pull: float) -> Tensor:
@@ -172,25 +167,14 @@ def _sign(a: Tensor) -> Tensor:
 def _side(w: Tensor, u: Tensor, h: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     """One side's signs, then its magnitudes, for the other side as it is."""
     u = nearest_signs(w, h, other, u)
-    out = torch.empty_like(h)
-
-    def fit(rows: slice) -> None:
-        y = u[rows] @ other.t()
-        out[rows] = (w[rows] * y).sum(1, keepdim=True) / divisor(y.square().sum(1, keepdim=True))
-
-    map_slabs(fit, *w.shape)
-    return u, out
+    along, power = (u * (w @ other)).sum(1), (u * (u @ (other.t() @ other))).sum(1)
+    return u, (along / divisor(power)).unsqueeze(1)
 
 
 def _middle(w: Tensor, u: Tensor, v: Tensor, h: Tensor, g: Tensor) -> Tensor:
     """l of least squares: of the normal equations of R matrices of rank one."""
     b = v * g
     gram = b.t() @ b
-
-    def project(rows: slice) -> Tensor:
-        return (w[rows] @ b).mul_(u[rows]).mul_(h[rows]).sum(0)
-
-    right = torch.stack(map_slabs(project, *w.shape)).sum(0)
     a = u * h
     gram.mul_(a.t() @ a)
-    return _inverse(gram, 0.0) @ right
+    return _inverse(gram, 0.0) @ (w @ b).mul_(a).sum(0)

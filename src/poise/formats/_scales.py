@@ -87,10 +87,20 @@ class Scales:
             return params
         return {**params, "scale_step": step.repeat_interleave(SECOND, dim=1)[:, :count]}
 
-    def around(self, values: Tensor) -> Tensor | None:
-        """Storable scales near every value, [rows, groups, k]; None where the nearest one will do."""
-        if self.kind != "e8m0":
-            return None
+    def candidates(self, best: Tensor, covering: Tensor) -> Tensor | None:
+        """Storable scales to choose from, [rows, groups, k]; None where the nearest to the best will do.
+
+        Storing moves a scale, and with many levels the error jumps on the way: what was best need not be any more, and
+        the one that just covers the group may have become better.
+        """
+        if self.kind == "e8m0":
+            return torch.cat([self.around(best), self.covering(covering).unsqueeze(-1)], dim=-1)
+        if self.kind in ("float16", "bfloat16"):
+            return torch.stack([best, covering], dim=-1).to(DTYPES[self.kind]).float()
+        return None
+
+    def around(self, values: Tensor) -> Tensor:
+        """The powers of two near every value, [rows, groups, 3], the nearest first."""
         nearest = _exponent(values)
         near = torch.stack([(nearest + step).clamp(-127, 127) for step in (0, -1, 1)], dim=-1)
         return power_of_two(near)

@@ -39,8 +39,8 @@ class Binary(Grid):
         counted = self.groups.view(weight, None)[1]  # zero beyond the edges of the matrix
         scale, flat = _mean(x, w, n), _mean(x, counted, n)
         found = self.groups.unview(torch.where(scale.isnan(), flat, scale), *weight.shape)
-        near = self.scales.around(found)
-        if near is not None:  # the error is quadratic in the scale: the nearest is the best
+        if self.scales.kind == "e8m0":  # the error is quadratic in the scale: the nearest is the best
+            near = self.scales.around(found)
             best = (near - found.unsqueeze(-1)).abs().argmin(-1, keepdim=True)
             found = near.gather(-1, best).squeeze(-1)
         return self.scales.store(found)

@@ -23,7 +23,7 @@ from torch import Tensor
 from poise.core.bits import pack_bits, unpack_bits, words
 from poise.core.errors import UsageError
 from poise.core.format import Format, Params
-from poise.formats._groups import Group, Groups
+from poise.formats._groups import Group, Groups, ranges
 from poise.formats._scales import DTYPES, KINDS, Scales, divisor
 from poise.formats._search import (
     Floats,
@@ -172,7 +172,7 @@ class Int(Format):
         grid = _whole_numbers(self.lowest, self.highest)
         scales, _ = best_scales(x.numpy(), w.numpy(), n, grid, self._ratios(n), self.scales.negative, POLISH)
         found = torch.from_numpy(scales)
-        near = self.scales.around(found)
+        near = self.scales.candidates(found, self._cover_symmetric(*ranges(x, n)))
         if near is None:
             return found
         best = torch.from_numpy(best_candidate(x.numpy(), w.numpy(), n, grid, near.numpy()))
