@@ -175,6 +175,19 @@ def test_the_error_of_hidden_states_is_a_share_of_their_square():
     assert torch.allclose(_error(off, wanted), torch.tensor((0.01 + 0.04 + 0.09) / 3), rtol=1e-4)
 
 
+def test_a_token_counts_for_as_much_as_its_hidden_state_is_long():
+    """One of 512 tokens, two hundred times as long as the others, as the first one of a window is."""
+    wanted = torch.nn.functional.normalize(
+        torch.randn(1, 2, 512, 16, generator=torch.Generator().manual_seed(0)), dim=-1
+    )
+    wanted[:, :, 0] *= 200
+    lost, other = wanted[0].clone(), wanted[0].clone()
+    lost[:, 0] = 0
+    other[:, 1] = 0
+    assert float(_error([lost], wanted)) == pytest.approx(200 / 711, rel=1e-4)
+    assert float(_error([other], wanted)) == pytest.approx(1 / 711, rel=1e-4)
+
+
 def test_hidden_states_that_are_taught_come_nearer_to_the_original(pair, monkeypatch, tmp_path):
     monkeypatch.setattr(distill, "TAUGHT", 1)  # the tiny model has two blocks
     model, plain = pair

@@ -41,7 +41,7 @@ PRESETS = {
     "best": Preset(
         solver="gptaq -> refine",
         tokens=131072,
-        tune="distill(steps=400, code_rate=0.004, hidden=5.0, reads=4)",
+        tune="distill(steps=480, code_rate=0.004, hidden=5.0, reads=5)",
         cost="up to hours for a model of 100 million weights; memory of the whole model",
     ),
 }

@@ -5,7 +5,9 @@ straight-through tricks, in any format that has some. The loss is the Kullback-L
 distributions over the whole vocabulary. (The second phase of EfficientQAT, Chen et al. 2024, arXiv 2407.11062, section
 3.3, with the divergence in place of the cross-entropy.) Hidden states may be taught as well: they say more a token than
 its distribution does, so that little text goes further. (Jiao et al. 2020, TinyBERT, arXiv 1909.10351, equation 8; here
-as a share of the state's own square, at every third block.)
+as a share of the states' size, at every third block.) The first token of a window has a state a hundred times larger than
+others, which heads attend to when they have nothing to look for (Sun et al. 2024, Massive Activations in Large Language
+Models, arXiv 2402.17762): where it is lost, the whole window is worse. So a token counts for as much as its state is long.
 """
 
 import os
@@ -79,7 +81,7 @@ class Distill:
         norm_rate: likewise of norms: some are forty times smaller than others.
         code_rate: learning rate of codes, in levels a step; 0 leaves them as they are. Formats that are not scalar keep
             theirs.
-        hidden: weight of the hidden states' error, as a share of their square, beside the divergence.
+        hidden: weight of the hidden states' error, as a share of their size, beside the divergence.
         held: share of the windows that only judge.
         reads: of a window while training lasts, if there is enough text.
         every: steps between two evaluations.
@@ -275,16 +277,18 @@ def _states(model: Any, ids: Tensor, hidden: bool = False) -> tuple[Tensor, list
 
 
 def _error(states: list[Tensor], wanted: Tensor) -> Tensor:
-    """Mean squared error of hidden states as a share of the wanted ones' square, over tokens and blocks.
+    """Mean over windows and blocks of sum_t |h_t - w_t|^2 / |w_t| over sum_t |w_t|: the squared error of each token's state as a
+    share of its square, weighted by its length.
 
     Args:
-        states: of each block, [..., hidden].
-        wanted: [blocks, ..., hidden].
+        states: of each block, [windows, tokens, hidden].
+        wanted: [blocks, windows, tokens, hidden].
     """
     total = torch.zeros(())
     for ours, theirs in zip(states, wanted, strict=True):
-        size = theirs.float().square().sum(-1).clamp(min=torch.finfo(torch.bfloat16).tiny)
-        total = total + ((ours.float() - theirs.float()).square().sum(-1) / size).mean()
+        size = theirs.float().norm(dim=-1).clamp(min=torch.finfo(torch.bfloat16).tiny)
+        error = (ours.float() - theirs.float()).square().sum(-1) / size
+        total = total + (error.sum(-1) / size.sum(-1)).mean()
     return total / max(1, len(states))
 
 
