@@ -134,8 +134,10 @@ def quantize(material: Material, preset: str, bits: int, group: int) -> tuple[Pa
     )
     (artifact,) = json.loads(done.stdout)["artifacts"]
     run = json.loads(Path(f"{out}.run.json").read_text(encoding="utf-8"))
+    plan = json.loads((Path(artifact["model"]) / "plan.json").read_text(encoding="utf-8"))
     return Path(artifact["model"]), {
         "kind": "poise",
+        "tune": plan["tune"],
         "stored": artifact["manifest"]["linear_bits_per_weight"],
         "seconds": sum(value for stage, value in run["stages"].items() if stage != "export"),
         "seconds_in_all": run["wall_seconds"],

@@ -54,6 +54,11 @@ def quality_parts(facts: dict[str, Any]) -> list[str]:
             f"| {name} | {row['bits']} | {row['stored']:.2f} | {row['seconds']:.0f} "
             f"| {held['kl']:.4f} ± {held['half']:.4f} | {share} | {held['top1']:.3f} | {other['kl']:.4f} ± {other['half']:.4f} |"
         )
+    older = [
+        f"The row of `{row['preset']}` at {row['bits']} bits was measured when it was `{row['tune']}`."
+        for row in facts["rows"]
+        if row.get("tune") and row["tune"] != PRESETS[row["preset"]].tune
+    ]
     count = facts["rows"][0]["held-out"]["windows"]
     return [
         "## What they lose",
@@ -62,6 +67,7 @@ def quality_parts(facts: dict[str, Any]) -> list[str]:
         "`docstrings` another domain. Peers got the same tokens, in environments of their own (`benchmarks/peers/`); ratios are of the same "
         "windows, with 95 % bootstrap intervals. Seconds are of the quantization, reading of text included; those of peers are without loading and writing the model.",
         "\n".join(rows),
+        *older,
     ]
 
 
