@@ -14,6 +14,9 @@ GRIDS = [
     "int(bits=4, group='channel')",
     "int(bits=4, group='tensor')",
     "int(bits=8, group=32, scale='float16')",
+    "int(bits=8, group=32, scale='bfloat16')",
+    "int(bits=4, group=32, scale='e8m0')",
+    "nf(bits=4, group=64, scale='bfloat16')",
 ]
 
 
