@@ -64,7 +64,10 @@ def spoiled(weight):
     return dataclasses.replace(weight, params={**weight.params, "scale": scale})
 
 
-def test_the_divergence_and_its_gradient_are_those_of_autograd():
+@pytest.mark.parametrize(("positions", "logits"), [(256, 1 << 20), (16, 800), (10, 149), (1, 1)])
+def test_the_divergence_and_its_gradient_are_those_of_autograd(positions, logits, monkeypatch):
+    monkeypatch.setattr(distill, "POSITIONS", positions)
+    monkeypatch.setattr(distill, "LOGITS", logits)
     dice = torch.Generator().manual_seed(0)
     states, wanted = torch.randn(37, 8, generator=dice), torch.randn(37, 8, generator=dice)
     head, original = torch.randn(50, 8, generator=dice), torch.randn(50, 8, generator=dice)

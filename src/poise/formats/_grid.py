@@ -4,7 +4,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -15,18 +15,9 @@ from poise.core.bits import pack_bits, unpack_bits, words
 from poise.core.errors import UsageError
 from poise.core.format import Format, Params
 from poise.formats._chance import by_chance
-from poise.formats._groups import Group, Groups, ranges
+from poise.formats._groups import Group, Groups
 from poise.formats._scales import DTYPES, KINDS, Scales
-from poise.formats._search import (
-    Codes,
-    Floats,
-    Levels,
-    best_candidate,
-    best_scales,
-    make_levels,
-    narrower,
-    nearest_codes,
-)
+from poise.formats._search import Codes, Floats, Levels, make_levels, narrower, nearest_codes
 
 
 class Grid(Format):
@@ -109,13 +100,8 @@ class Grid(Format):
     def search(self, weight: Tensor, importance: Tensor | None, table: "Table") -> Tensor:
         """Scales of least squared error that can be stored, float32 [rows, groups]."""
         x, w, n = self.groups.view(weight, importance)
-        arrays = (x.numpy(), w.numpy(), n)
-        scales, _ = best_scales(*arrays, table.levels, table.ratios(n), self.scales.negative, POLISH)
-        found = torch.from_numpy(scales)
-        near = self.scales.candidates(found, self._cover(*ranges(x, n), table))
-        if near is not None:
-            best = torch.from_numpy(best_candidate(*arrays, table.levels, near.numpy()))
-            found = near.gather(-1, best.unsqueeze(-1)).squeeze(-1)
+        cover = partial(self._cover, table=table)
+        found = self.scales.search(x, w, n, table.levels, table.ratios(n), cover)
         return self.groups.unview(found, *weight.shape)
 
     def at(self, params: Params, columns: slice) -> Params:
@@ -152,10 +138,6 @@ class Grid(Format):
 
     def resolve(self, scale_dtype: str) -> "Format":
         return replace(self, scale=scale_dtype) if self.scale == "auto" else self  # type: ignore[type-var]
-
-
-POLISH = 2
-"""Rounds of (nearest levels, best scale) after the best try; more changes the error by less than a thousandth."""
 
 
 class Table(NamedTuple):

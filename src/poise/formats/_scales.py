@@ -9,6 +9,7 @@ level is linear instead of an 8-bit float with its mean taken off, and runs alon
 independent. Scales that may be negative take c from -127 to 127.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,11 +18,15 @@ from torch.nn.functional import pad
 
 from poise.core.errors import FormatError
 from poise.core.format import Params
+from poise.formats._groups import ranges
+from poise.formats._search import Floats, Levels, best_candidate, best_scales
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 KINDS = (*DTYPES, "e8m0", "double")
 SECOND = 256
 """Scales that share a step of the second level."""
+POLISH = 2
+"""Rounds of (nearest levels, best scale) after the best try; more changes the error by less than a thousandth."""
 
 
 @dataclass(frozen=True)
@@ -87,17 +92,36 @@ class Scales:
             return params
         return {**params, "scale_step": step.repeat_interleave(SECOND, dim=1)[:, :count]}
 
-    def candidates(self, best: Tensor, covering: Tensor) -> Tensor | None:
-        """Storable scales to choose from, [rows, groups, k]; None where the nearest to the best will do.
+    def search(
+        self,
+        x: Tensor,
+        w: Tensor,
+        n: int,
+        levels: Levels,
+        ratios: Floats,
+        cover: Callable[[Tensor, Tensor], Tensor],
+    ) -> Tensor:
+        """Scales of least squared error that can be stored, [rows, groups].
 
         Storing moves a scale, and with many levels the error jumps on the way: what was best need not be any more, and
         the one that just covers the group may have become better.
+
+        Args:
+            x, w: weights and their importance, in groups of n.
+            ratios: scales to try, as multiples of the one that covers the group.
+            cover: that one, of the lowest and the highest weight of a group.
         """
+        arrays = (x.numpy(), w.numpy(), n, levels)
+        found = torch.from_numpy(best_scales(*arrays, ratios, self.negative, POLISH)[0])
         if self.kind == "e8m0":
-            return torch.cat([self.around(best), self.covering(covering).unsqueeze(-1)], dim=-1)
-        if self.kind in ("float16", "bfloat16"):
-            return torch.stack([best, covering], dim=-1).to(DTYPES[self.kind]).float()
-        return None
+            covering = self.covering(cover(*ranges(x, n)))
+            near = torch.cat([self.around(found), covering.unsqueeze(-1)], dim=-1)
+        elif self.kind in ("float16", "bfloat16"):
+            near = torch.stack([found, cover(*ranges(x, n))], dim=-1).to(DTYPES[self.kind]).float()
+        else:
+            return found
+        best = torch.from_numpy(best_candidate(*arrays, near.numpy()))
+        return near.gather(-1, best.unsqueeze(-1)).squeeze(-1)
 
     def around(self, values: Tensor) -> Tensor:
         """The powers of two near every value, [rows, groups, 3], the nearest first."""

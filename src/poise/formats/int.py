@@ -23,21 +23,9 @@ from torch import Tensor
 from poise.core.bits import pack_bits, unpack_bits, words
 from poise.core.errors import UsageError
 from poise.core.format import Format, Params
-from poise.formats._groups import Group, Groups, ranges
-from poise.formats._scales import DTYPES, KINDS, Scales, divisor
-from poise.formats._search import (
-    Floats,
-    Levels,
-    best_candidate,
-    best_ranges,
-    best_scales,
-    best_zeros,
-    make_levels,
-    narrower,
-)
-
-POLISH = 2
-"""Rounds of (nearest codes, best scale) after the best try; more changes the error by less than a thousandth."""
+from poise.formats._groups import Group, Groups
+from poise.formats._scales import DTYPES, KINDS, POLISH, Scales, divisor
+from poise.formats._search import Floats, Levels, best_ranges, best_zeros, make_levels, narrower
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +146,9 @@ class Int(Format):
         x, w, n = self.groups.view(weight, importance)
         shape = tuple(weight.shape)
         if self.symmetric:
-            return self.scales.store(self.groups.unview(self._search(x, w, n), *shape))
+            grid = _whole_numbers(self.lowest, self.highest)
+            found = self.scales.search(x, w, n, grid, self._ratios(n), self._cover_symmetric)
+            return self.scales.store(self.groups.unview(found, *shape))
         top = np.float32(self.highest)
         if self.zero == "integer":
             scale, zero = best_zeros(x.numpy(), w.numpy(), n, top, self._ratios(n), POLISH)
@@ -166,17 +156,6 @@ class Int(Format):
             return {**stored, "zero": self.groups.unview(torch.from_numpy(zero), *shape)}
         ranges = best_ranges(x.numpy(), w.numpy(), n, top)
         return self._with_minimum(*(self.groups.unview(torch.from_numpy(part), *shape) for part in ranges))
-
-    def _search(self, x: Tensor, w: Tensor, n: int) -> Tensor:
-        """Scales of least squared error that can be stored."""
-        grid = _whole_numbers(self.lowest, self.highest)
-        scales, _ = best_scales(x.numpy(), w.numpy(), n, grid, self._ratios(n), self.scales.negative, POLISH)
-        found = torch.from_numpy(scales)
-        near = self.scales.candidates(found, self._cover_symmetric(*ranges(x, n)))
-        if near is None:
-            return found
-        best = torch.from_numpy(best_candidate(x.numpy(), w.numpy(), n, grid, near.numpy()))
-        return near.gather(-1, best.unsqueeze(-1)).squeeze(-1)
 
     def _ratios(self, n: int) -> Floats:
         """From the full range down to where it is best clipped; narrower for few levels and large groups."""

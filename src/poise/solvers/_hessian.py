@@ -11,9 +11,6 @@ from poise.core.errors import FormatError, PoiseWarning
 RETRIES = 8
 """Damping grows tenfold until the factor exists: from 0.01 of the mean that is more than any rounding error needs."""
 
-BASE = 256
-"""Rows of a triangular matrix that is inverted directly."""
-
 
 @dataclass(frozen=True)
 class Factor:
@@ -21,7 +18,7 @@ class Factor:
 
     Attributes:
         order: [n], the columns in that order; whole units of ``width`` stay together.
-        upper: U [n, n] float32 with H^-1 = U^T U, for the columns in that order.
+        upper: R [n, n] float32, upper triangular, with H = R R^T for the columns in that order.
     """
 
     order: Tensor
@@ -93,7 +90,10 @@ def cholesky(hessian: Tensor, damp: float, order: Tensor | None = None) -> Tenso
 
 
 def factorize(hessian: Tensor, *, damp: float, width: int = 1, act_order: bool = True) -> Factor:
-    """Upper Cholesky factor of the inverse (Frantar et al. 2022, GPTQ, section 3.3, step 3).
+    """Upper Cholesky factor of the damped Hessian, columns in the order in which they are rounded.
+
+    GPTQ takes the factor of the inverse, U with H^-1 = U^T U (Frantar et al. 2022, section 3.3, step 3); U = R^-1, and
+    error feedback can be told by either (Chee et al. 2023, QuIP, arXiv 2307.13304, theorem 6), so nothing is inverted.
 
     Args:
         hessian: [n, n], symmetric, positive semi-definite but for rounding.
@@ -109,23 +109,6 @@ def factorize(hessian: Tensor, *, damp: float, width: int = 1, act_order: bool =
     if act_order:
         units = torch.argsort(hessian.diagonal().view(-1, width).sum(1), descending=True, stable=True)
         order = order.view(-1, width)[units].flatten()
-    # H^-1 = U^T U with U the inverse of the factor of H in reversed order, reversed: one triangular inverse.
+    # R is the lower factor of H in reversed order, reversed.
     lower = cholesky(hessian, damp, order.flip(0))
-    invert_lower(lower)
     return Factor(order=order, upper=lower.float().flip(0, 1))
-
-
-def invert_lower(lower: Tensor) -> None:
-    """Replaces a lower triangular matrix by its inverse.
-
-    By halves: of [[A, 0], [B, C]] it is [[A^-1, 0], [-C^-1 B A^-1, C^-1]], a third of the work of solving for the identity.
-    """
-    n = len(lower)
-    if n <= BASE:
-        eye = torch.eye(n, dtype=lower.dtype)
-        lower.copy_(torch.linalg.solve_triangular(lower, eye, upper=False))
-        return
-    half = n // 2
-    invert_lower(lower[:half, :half])
-    invert_lower(lower[half:, half:])
-    lower[half:, :half] = -(lower[half:, half:] @ (lower[half:, :half] @ lower[:half, :half]))

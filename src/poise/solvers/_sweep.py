@@ -34,18 +34,18 @@ def nearest(ladder, value):  # type: ignore[no-untyped-def]
 
 
 @fast
-def sweep(w: Floats, upper: Floats, ladders: Floats, group: Ints, index: Ints, error: Floats) -> None:
-    """Rounds the columns of a panel in turn and carries each error to the columns of the panel that follow.
+def sweep(w: Floats, target: Floats, feedback: Floats, ladders: Floats, group: Ints, index: Ints) -> None:
+    """Rounds the columns of a panel in turn; each error goes to the targets of the panel's columns that follow.
 
     Rows go side by side, a few at a time, so that every loop inside is over neighbours in memory.
 
     Args:
-        w: [rows, n], what is to be rounded.
-        upper: [n, n], the panel's part of the upper Cholesky factor of the inverse Hessian.
+        w: [rows, n], the weights; becomes what each loses, w - w'.
+        target: [rows, n], the weights and what the panels before have lost of them.
+        feedback: [n, n], the panel's part of R, its columns divided by their diagonals.
         ladders: [groups, levels, rows], ascending.
         group: [n], which ladder a column has.
         index: [rows, n], receives the positions in the ladders.
-        error: [rows, n], receives (w - w') / upper[j, j], for the columns beyond the panel.
     """
     rows, n = w.shape
     levels = ladders.shape[1]
@@ -55,7 +55,7 @@ def sweep(w: Floats, upper: Floats, ladders: Floats, group: Ints, index: Ints, e
         count = min(ROWS, rows - first)
         for r in range(count):
             for j in range(n):
-                work[j, r] = w[first + r, j]
+                work[j, r] = target[first + r, j]
         for j in range(n):
             here, values = work[j], ladders[group[j]]
             if levels <= FEW:
@@ -74,13 +74,13 @@ def sweep(w: Floats, upper: Floats, ladders: Floats, group: Ints, index: Ints, e
                     place[r] = nearest(values[:, first + r], here[r])  # type: ignore[no-untyped-call]
                     best[r] = values[place[r], first + r]
             for r in range(count):
-                lost[r] = (here[r] - best[r]) / upper[j, j]
-                error[first + r, j] = lost[r]
+                w[first + r, j] -= best[r]
+                lost[r] = w[first + r, j]
                 index[first + r, j] = place[r]
             for i in range(j + 1, n):
-                after, share = work[i], upper[j, i]
+                after, share = work[i], feedback[j, i]
                 for r in range(count):
-                    after[r] -= share * lost[r]
+                    after[r] += share * lost[r]
 
 
 @fast

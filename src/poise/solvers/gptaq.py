@@ -8,7 +8,7 @@ from torch import Tensor
 
 from poise.core.format import Format
 from poise.core.stats import Stats
-from poise.solvers.gptq import Gptq
+from poise.solvers.gptq import Gptq, over
 
 ROWS = 1024
 """Rows of a weight that are corrected at a time."""
@@ -38,7 +38,9 @@ class Gptaq(Gptq):
         moved = torch.empty(weight.shape)
         for start in range(0, len(weight), ROWS):
             slab = weight[start : start + ROWS].float()
-            change = (slab @ drift)[:, factor.order] @ factor.upper.T @ factor.upper  # H^-1 = U^T U
+            drifted = (slab @ drift)[:, factor.order]
+            lower = torch.linalg.solve_triangular(factor.upper.T, drifted, upper=False, left=False)
+            change = over(lower, factor.upper)  # H^-1 = R^-T R^-1
             moved[start : start + ROWS] = slab
             moved[start : start + ROWS, factor.order] += self.share * change
         return moved

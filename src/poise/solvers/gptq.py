@@ -26,10 +26,11 @@ STEPS = 3
 class Gptq(Solver):
     """Minimises tr (W - W') H (W - W')^T greedily, column by column, with H = E[x x^T] of the layer's inputs.
 
-    For columns in turn: q = Q(w_j), e = (w_j - q) / U_jj, w_i -= e U_ji for the columns i after j, where
-    H^-1 = U^T U (Frantar et al. 2022, arXiv 2210.17323, equations 2 and 3). Formats that round v columns together
-    take e = (w_B - q) U_BB^-1, the block LDLQ of QuIP# (Tseng et al. 2024, arXiv 2402.04396, section 4.1), with the
-    diagonal of what the metric of the block is by then as the importance.
+    Columns come in turn, with what those before have lost: w'_k = Q(w_k + sum_j<k (w_j - w'_j) R_jk / R_kk), where
+    H = R R^T with R upper triangular. (Frantar et al. 2022, arXiv 2210.17323, equations 2 and 3, in the form of Chee et
+    al. 2023, QuIP, arXiv 2307.13304, section 3: it is the same, and nothing is inverted.) Formats that round v columns
+    together divide by the block R_BB, the block LDLQ of QuIP# (Tseng et al. 2024, arXiv 2402.04396, section 4.1), with
+    the diagonal of R_BB R_BB^T, the metric of the block by then, as the importance.
 
     Deviations from GPTQ: parameters are fitted before the sweep, weighed by the second moments, so that the order of
     the columns is free for every group; the factor is computed in float64; dead columns keep their weight.
@@ -103,9 +104,13 @@ class Gptq(Solver):
         return ladders.decode(back), params
 
     def _sweep(self, work: Tensor, ladders: Ladders, factor: Factor, start: int) -> Tensor:
-        """Positions in the ladders of the columns from ``start`` on; ``work`` beyond them takes their errors."""
-        rows, n = work.shape
-        stop = start + len(ladders.group)
+        """Positions in the ladders of the columns from ``start`` on.
+
+        Args:
+            work: [rows, n], weights in the order of the factor, of those before ``start`` what they lose; what is swept
+                becomes what it loses as well.
+        """
+        rows, stop = len(work), start + len(ladders.group)
         values, group = (
             ladders.values.permute(1, 2, 0).contiguous().numpy(),
             ladders.group.contiguous().numpy(),
@@ -113,15 +118,15 @@ class Gptq(Solver):
         index = torch.empty(rows, stop - start, dtype=torch.uint8)
         for first in range(start, stop, self.panel):
             last = min(first + self.panel, stop)
-            panel = work[:, first:last].contiguous()
-            error, part = torch.empty_like(panel), torch.empty(rows, last - first, dtype=torch.uint8)
-            upper = factor.upper[first:last]
-            corner = upper[:, first:last].contiguous().numpy()
-            runs = group[first - start : last - start]
-            sweep(panel.numpy(), corner, values, runs, part.numpy(), error.numpy())
+            place, runs = slice(first, last), group[first - start : last - start]
+            panel, part = work[:, place].contiguous(), torch.empty(rows, last - first, dtype=torch.uint8)
+            corner = factor.upper[place, place]
+            pivots = corner.diagonal()
+            target = panel + _carried(work, factor, place) / pivots
+            feedback = (corner / pivots).numpy()
+            sweep(panel.numpy(), target.numpy(), feedback, values, runs, part.numpy())
+            work[:, place] = panel
             index[:, first - start : last - start] = part
-            if last < n:
-                work[:, last:].addmm_(error, upper[:, last:], alpha=-1)
         return index
 
     def _refitted(
@@ -138,7 +143,7 @@ class Gptq(Solver):
         for first in range(0, n, run):
             place = slice(first, first + run)
             weigh = None if importance is None else importance[place]
-            part = format.fit(work[:, place].contiguous(), weigh)
+            part = format.fit(_target(work, factor, place), weigh)
             ladders = ladders_of(format, part, rows, run)
             assert ladders is not None  # it has an alphabet
             codes.append(ladders.decode(self._sweep(work, ladders, factor, first)))
@@ -157,16 +162,24 @@ def feed_back(weight: Tensor, format: Format, params: Params, factor: Factor, no
         column = int(factor.order[first])
         place = slice(column, column + width)
         part = format.at(params, place)
-        corner = factor.upper[unit, unit]
-        metric = None if width == 1 else torch.linalg.inv((corner.T @ corner).double()).diagonal().float()
+        metric = None if width == 1 else factor.upper[unit, unit].square().sum(1)
         chance = None if noise is None else noise[:, place]
-        codes = format.round(work[:, unit].contiguous(), part, metric, chance)
+        codes = format.round(_target(work, factor, unit), part, metric, chance)
         pieces[column] = codes
-        error = work[:, unit] - format.decode(codes, part)
-        scaled = (
-            error / corner
-            if width == 1
-            else torch.linalg.solve_triangular(corner, error, upper=True, left=False)
-        )
-        work[:, unit.stop :] -= scaled @ factor.upper[unit, unit.stop :]
+        work[:, unit] -= format.decode(codes, part)
     return torch.cat([pieces[column] for column in sorted(pieces)], dim=1)
+
+
+def _carried(work: Tensor, factor: Factor, unit: slice) -> Tensor:
+    """E R for the columns of a unit, E what the columns before it have lost: they stand in ``work`` as that."""
+    return work[:, : unit.start] @ factor.upper[: unit.start, unit]
+
+
+def _target(work: Tensor, factor: Factor, unit: slice) -> Tensor:
+    """What a unit is rounded from: its weights and what makes up best for those before, [rows, width]."""
+    return work[:, unit] + over(_carried(work, factor, unit), factor.upper[unit, unit])
+
+
+def over(x: Tensor, upper: Tensor) -> Tensor:
+    """X R^-1 for a triangular R."""
+    return torch.linalg.solve_triangular(upper, x, upper=True, left=False)

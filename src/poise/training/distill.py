@@ -27,8 +27,10 @@ from poise.core.registry import parse_spec
 from poise.training._codes import LearnedWeight
 from poise.training._descent import Descent
 
-ROWS = 16
-"""Positions whose distributions over the vocabulary are in memory at a time."""
+POSITIONS = 256
+"""Whose logits are in memory at a time."""
+LOGITS = 1 << 20
+"""That are made distributions at a time: they stay in the cache, however many words a vocabulary has."""
 TAUGHT = 3
 """Of so many blocks one's hidden states are taught."""
 
@@ -303,11 +305,12 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states: Tensor, wanted: Tensor, head: Tensor, original: Tensor) -> Tensor:
         gradient, total = torch.empty_like(states), 0.0
-        for start in range(0, len(states), 16 * ROWS):
-            run = slice(start, start + 16 * ROWS)
+        rows = max(1, LOGITS // len(head))
+        for start in range(0, len(states), POSITIONS):
+            run = slice(start, start + POSITIONS)
             student, teacher = linear(states[run], head), linear(wanted[run], original)
-            for row in range(0, len(student), ROWS):
-                part = slice(row, row + ROWS)
+            for row in range(0, len(student), rows):
+                part = slice(row, row + rows)
                 ours = torch.log_softmax(student[part].float(), -1)
                 theirs = torch.log_softmax(teacher[part].float(), -1)
                 share = theirs.exp()
