@@ -12,6 +12,7 @@ from poise.core.registry import build, names
 from poise.core.stats import Stats
 from poise.planning.grid import EXAMPLES
 from poise.solvers._hessian import factorize
+from poise.solvers.gptq import Gptq
 
 LEFT_OUT = ("trellis", "binary-lowrank", "float(dtype='float32')")
 """Slow ones, and one that loses nothing."""
@@ -133,6 +134,7 @@ def test_codes_do_not_depend_on_how_the_work_is_cut(solver, monkeypatch):
     stats = stats_of(x, x + 0.05 * inputs(seed=5))
     whole = solve(solver, weight, INT3, stats)
     monkeypatch.setattr(slabs, "WEIGHTS", 7 * COLUMNS)
+    monkeypatch.setattr(Gptq, "slab_rows", 1)
     cut = solve(solver, weight, INT3, stats)
     order = torch.randperm(150, generator=torch.Generator().manual_seed(2))
     shuffled = solve(solver, weight[order], INT3, stats)

@@ -1,5 +1,6 @@
 """The contract of a solver: (weight, Format, Stats) -> QTensor."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ class Solver(ABC):
 
     needs: ClassVar[frozenset[str]] = frozenset()
     """Names of the ``Stats`` that change the result."""
+    slab_rows: ClassVar[int] = 1
+    """Rows that a slab has at least, if every slab reads anew what all share."""
 
     rounding: str = "nearest"
     seed: int = 0
@@ -124,8 +127,9 @@ class Solver(ABC):
             )
             return QTensor(codes=codes, params=params, format=format)
 
-        if format.tile_rows:
-            return _by_slabs(solve, weight.shape[0], weight.shape[1], format.tile_rows)
+        if tile := format.tile_rows:
+            least = tile * math.ceil(self.slab_rows / tile)
+            return _by_slabs(solve, weight.shape[0], weight.shape[1], least)
         return solve(slice(None))
 
 

@@ -46,6 +46,7 @@ class Gptq(Solver):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"second_moment", "hessian"})
+    slab_rows: ClassVar[int] = 128
 
     act_order: bool = True
     groups: str = "static"
@@ -182,4 +183,5 @@ def _target(work: Tensor, factor: Factor, unit: slice) -> Tensor:
 
 def over(x: Tensor, upper: Tensor) -> Tensor:
     """X R^-1 for a triangular R."""
-    return torch.linalg.solve_triangular(upper, x, upper=True, left=False)
+    found: Tensor = torch.linalg.solve_triangular(upper, x, upper=True, left=False)
+    return found

@@ -64,46 +64,44 @@ class Refine(Solver):
         if format.width == 0:
             return majorize(weight, format, codes, params, hessian, self.rounds)
         before = torch.inf
+        gradient = ((weight - format.decode(codes, params)) @ hessian).contiguous()
         for _ in range(self.rounds):
-            codes, now = descend_codes(weight, format, codes, params, hessian, self.passes)
+            codes = descend_codes(format, codes, params, gradient, hessian, self.passes)
+            now = float(((weight - format.decode(codes, params)) * gradient).sum())
             if not self.scales or not format.linear or now > (1 - self.least) * before:
                 break
-            params, before = refit(weight, format, codes, params, hessian), now
+            params, before = refit(format, codes, params, gradient, hessian), now
         return codes, params
 
 
 def descend_codes(
-    weight: Tensor, format: Format, codes: Tensor, params: Params, hessian: Tensor, passes: int
-) -> tuple[Tensor, float]:
-    """Codes after coordinate descent, and the objective then."""
-    value = format.decode(codes, params).contiguous()
-    gradient = ((weight - value) @ hessian).contiguous()
-    ladders = ladders_of(format, params, *weight.shape)
+    format: Format, codes: Tensor, params: Params, gradient: Tensor, hessian: Tensor, passes: int
+) -> Tensor:
+    """Codes after coordinate descent.
+
+    Args:
+        gradient: [rows, columns], (W - W') H; kept up to date.
+    """
+    ladders = ladders_of(format, params, *gradient.shape)
     if ladders is None:
-        codes = _descend_units(format, codes, params, gradient, hessian, passes)
-        value = format.decode(codes, params)
-    else:
-        index = ladders.index_of(codes)
-        descend(
-            value.numpy(),
-            gradient.numpy(),
-            hessian.numpy(),
-            ladders.values.numpy(),
-            ladders.group.numpy(),
-            index.numpy(),
-            passes,
-        )
-        codes = ladders.decode(index)
-    return codes, float(((weight - value) * gradient).sum())
+        return _descend_units(format, codes, params, gradient, hessian, passes)
+    value, index = format.decode(codes, params).contiguous(), ladders.index_of(codes)
+    descend(
+        value.numpy(),
+        gradient.numpy(),
+        hessian.numpy(),
+        ladders.values.numpy(),
+        ladders.group.numpy(),
+        index.numpy(),
+        passes,
+    )
+    return ladders.decode(index)
 
 
 def _descend_units(
     format: Format, codes: Tensor, params: Params, gradient: Tensor, hessian: Tensor, passes: int
 ) -> Tensor:
-    """The same for units of several columns, all rows at once: a row's move is kept where it lowers the objective.
-
-    ``gradient`` is kept up to date.
-    """
+    """The same for units of several columns, all rows at once: a row's move is kept where it lowers the objective."""
     codes, width = codes.clone(), format.width
     for _ in range(passes):
         moved = False
@@ -135,11 +133,14 @@ def _by_tiles(gain: Tensor, tile_rows: int) -> Tensor:
     return torch.zeros(int(tiles[-1]) + 1).index_add_(0, tiles, gain)[tiles]
 
 
-def refit(weight: Tensor, format: Format, codes: Tensor, params: Params, hessian: Tensor) -> Params:
-    """Linear parameters, each at its least-squares value in turn."""
+def refit(format: Format, codes: Tensor, params: Params, gradient: Tensor, hessian: Tensor) -> Params:
+    """Linear parameters, each at its least-squares value in turn.
+
+    Args:
+        gradient: [rows, columns], (W - W') H; kept up to date.
+    """
     new = {key: value.clone() for key, value in params.items()}
-    columns = weight.shape[1]
-    gradient = (weight - format.decode(codes, params)) @ hessian
+    columns = gradient.shape[1]
     for key, part in format.basis(codes, params).items():
         span = format.span_of(key, columns)
         for entry in range(new[key].shape[1]):
