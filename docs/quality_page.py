@@ -1,4 +1,4 @@
-"""Parts of docs/quality.md: what was measured stands in quality.json and solvers.json."""
+"""Parts of docs/quality.md: what was measured stands in quality.json, second_model.json and solvers.json."""
 
 import json
 from pathlib import Path
@@ -12,15 +12,17 @@ FOLDER = Path(__file__).parent
 def parts() -> list[str]:
     """Paragraphs, headings and tables, in order."""
     found = [
-        "What solvers and presets gain and cost. All figures come from the two programs named below; the models, texts "
+        "What solvers and presets gain and cost. All figures come from the programs named below; the models, texts "
         "and protocols stand at their tops.",
         "## Presets",
         "`poise quantize MODEL --preset NAME --bits B --group G`. Embedding, head and routers are left alone.",
         presets(),
     ]
-    quality, solvers = FOLDER / "quality.json", FOLDER / "solvers.json"
+    quality, second, solvers = (FOLDER / f"{name}.json" for name in ("quality", "second_model", "solvers"))
     if quality.exists():
         found += quality_parts(json.loads(quality.read_text(encoding="utf-8")))
+    if second.exists():
+        found += second_parts(json.loads(second.read_text(encoding="utf-8")))
     if solvers.exists():
         found += solver_parts(json.loads(solvers.read_text(encoding="utf-8")))
     return found
@@ -70,6 +72,28 @@ def quality_parts(facts: dict[str, Any]) -> list[str]:
         "were measured on more than one processor, so that seconds compare roughly.",
         "\n".join(rows),
         *older,
+    ]
+
+
+def second_parts(facts: dict[str, Any]) -> list[str]:
+    """The table of benchmarks/second_model.py."""
+    rows = [
+        "| | grid | stored bits | runs in | seconds | KL, held-out | top-1 | KL, docstrings |",
+        "|---|---|---:|---|---:|---:|---:|---:|",
+    ]
+    for row in facts["rows"]:
+        held, other = row["held-out"], row["docstrings"]
+        rows.append(
+            f"| `{row['preset']}` | {row['bits']} bits, groups of {row['group']} | {row['stored']:.2f} | {row['runs_in']} "
+            f"| {row['seconds']:.0f} | {held['kl']:.4f} ± {held['half']:.4f} | {held['top1']:.3f} "
+            f"| {other['kl']:.4f} ± {other['half']:.4f} |"
+        )
+    return [
+        "## On another architecture",
+        f"`python benchmarks/second_model.py`, {facts['model']}, {facts['windows']} windows of 512 tokens, two cores. The same "
+        "figures, of what transformers loads through compressed-tensors and of what llama.cpp loads; the original is computed "
+        "by transformers in float32.",
+        "\n".join(rows),
     ]
 
 
