@@ -39,6 +39,8 @@ Scores = Callable[[list[int]], Tensor]
 
 
 class Case(NamedTuple):
+    """An artifact to make."""
+
     preset: str
     bits: int
     group: int
@@ -145,7 +147,9 @@ def main() -> None:
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    table = Table("preset", "bits", "group", "stored", "seconds", "runs in", "KL held-out", "top-1", "KL docstrings")
+    table = Table(
+        "preset", "bits", "group", "stored", "seconds", "runs in", "KL held-out", "top-1", "KL docstrings"
+    )
     for row in rows:
         held, other = row["held-out"], row["docstrings"]
         table.add_row(

@@ -12,7 +12,7 @@ from format_tools import error, solve
 from poise.core.errors import FormatError, UsageError
 from poise.core.format import QTensor
 from poise.core.registry import build, spec_of
-from poise.formats._lowrank import nearest_signs
+from poise.formats._lowrank import Factors, descend, nearest_signs
 
 SCALAR = [
     "binary",
@@ -269,3 +269,39 @@ def test_signs_are_those_that_no_flip_improves_and_near_the_best():
     assert squared(found).sum() < 1.15 * best.sum()
     exact = every[torch.arange(50) * 5]
     assert torch.equal(nearest_signs(h * (exact @ other.t()), h, other), exact)
+
+
+def test_descent_of_lowrank_ends_where_no_sign_and_no_magnitude_leads_lower():
+    """Every flip of either side and a step of every magnitude is tried, in float64."""
+    dice = torch.Generator().manual_seed(5)
+    n, m, rank = 24, 80, 6
+    x = torch.randn(300, m, generator=dice) @ torch.randn(m, m, generator=dice)
+    hessian, w = x.T @ x / 300 + 0.1 * torch.eye(m), torch.randn(n, m, generator=dice)
+
+    def sides(rows):
+        signs = torch.randn(rows, rank, generator=dice).sign()
+        return signs, torch.rand(rows, 1, generator=dice) + 0.5
+
+    def objective(f):
+        lost = w.double() - (f.u * f.h * f.l).double() @ (f.v * f.g).double().T
+        return float(((lost @ hessian.double()) * lost).sum())
+
+    (u, h), (v, g) = sides(n), sides(m)
+    found = Factors(u, v, h, torch.ones(rank), g)
+    falling = [objective(found)]
+    for _ in range(40):
+        found = descend(w, found, hessian)
+        falling.append(objective(found))
+    assert falling == pytest.approx(sorted(falling, reverse=True), rel=1e-4)
+    assert falling[-1] < 0.8 * falling[0]
+    for key in ("u", "v"):
+        for place in range(getattr(found, key).numel()):
+            part = getattr(found, key).clone()
+            part.view(-1)[place] *= -1
+            assert objective(found._replace(**{key: part})) > falling[-1] * (1 - 1e-4), (key, place)
+    for key in ("h", "l", "g"):
+        for place in range(getattr(found, key).numel()):
+            for factor in (0.97, 1.03):
+                part = getattr(found, key).clone()
+                part.view(-1)[place] *= factor
+                assert objective(found._replace(**{key: part})) > falling[-1] * (1 - 1e-4), (key, place)

@@ -19,6 +19,7 @@ LEFT_OUT = ("trellis", "binary-lowrank", "float(dtype='float32')")
 SPECS = [
     spec for name in names("format") for spec in EXAMPLES.get(name, (name,)) if not spec.startswith(LEFT_OUT)
 ]
+WHOLE_ROWS = "binary-lowrank"
 INT3 = "int(bits=3, group=32, symmetric=False)"
 COLUMNS = 256
 
@@ -157,7 +158,7 @@ def test_an_identity_hessian_is_rounding_to_nearest(spec):
     assert torch.equal(searched.decode(), fed.decode())
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", [*SPECS, WHOLE_ROWS])
 def test_output_error_falls_and_weight_error_rises(spec):
     weight, stats = weight_of(), stats_of(inputs())
     searched, fed = (solve(solver, weight, spec, stats) for solver in ("search", "gptq"))
@@ -166,7 +167,7 @@ def test_output_error_falls_and_weight_error_rises(spec):
     assert loss(weight, fed, moment) > loss(weight, searched, moment)
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", [*SPECS, WHOLE_ROWS])
 def test_refining_never_raises_the_objective(spec):
     weight, stats = weight_of(24), stats_of(inputs())
     for first in ("rtn", "search", "gptq"):

@@ -164,6 +164,19 @@ class Format(ABC):
         """The format with every ``auto`` field settled for a container that stores such scales."""
         return self
 
+    def descend(
+        self, weight: Tensor, codes: Tensor, params: Params, hessian: Tensor, rounds: int
+    ) -> tuple[Tensor, Params]:
+        """Codes and parameters of a smaller tr (W - W') H (W - W')^T, for formats that round whole rows; never of a larger one.
+
+        Others are refined by solvers, which know their columns.
+
+        Args:
+            hessian: float32 [columns, columns], positive definite.
+            rounds: at most.
+        """
+        return codes, params
+
     def refuse_noise(self, noise: Tensor | None) -> None:
         """For formats that round several columns together, where chance has no two neighbours to choose from.
 

@@ -4,6 +4,8 @@ W is [n, m], U [n, R] and V [m, R] of -1 and 1, h [n, 1], l [R], g [m, 1]. First
 signs times magnitudes of rank one (NanoQuant's LB-ADMM; the magnitudes are Dual-SVID's, of LittleBit). Then every part is
 refined for the rest: signs by flipping while it helps, l, h and g by least squares; none makes the error larger.
 
+``descend`` goes on under a Hessian of the inputs, which ties the rows of V together.
+
 Products are of whole matrices: those of slabs are rounded otherwise, and the signs would depend on the slabs.
 """
 
@@ -26,6 +28,8 @@ ROUNDS = 8
 """Of refinement; 8 more lower the error by half a percent."""
 SWEEPS = 16
 """Over the signs of a row at most; most rows are settled after 4."""
+BLOCK = 64
+"""Rows whose flips the others hear of together, where a Hessian ties them."""
 DAMPING = 1e-4
 """Share of the mean diagonal that is added to it before solving."""
 
@@ -46,23 +50,40 @@ def factorize(w: Tensor, rank: int) -> Factors:
     (h, _), (g, _) = _sizes(a), _sizes(b)
     u, v = _sign(a), _sign(b)
     del a, b
-    l = _middle(w, u, v, h, g)  # noqa: E741
+    l = _middle(w, u * h, v * g)  # noqa: E741
     for _ in range(ROUNDS):
         u, h = _side(w, u, h, v * g * l)
         v, g = _side(w.t(), v, g, u * h * l)
-        l = _middle(w, u, v, h, g)  # noqa: E741
+        l = _middle(w, u * h, v * g)  # noqa: E741
     u, h = _side(w, u, h, v * g * l)
     return Factors(u, v, h, l, g)
 
 
-def nearest_signs(w: Tensor, h: Tensor, other: Tensor, start: Tensor | None = None) -> Tensor:
+def descend(w: Tensor, factors: Factors, hessian: Tensor) -> Factors:
+    """One round of refinement for tr (W - W') H (W - W')^T; rounding aside, it does not rise.
+
+    Args:
+        hessian: [m, m], positive definite.
+    """
+    u, v, h, l, g = factors  # noqa: E741
+    read = w @ hessian
+    u, h = _side(read, u, h, v * g * l, hessian)
+    v, g = _columns(read, v, g, u * h * l, hessian)
+    return Factors(u, v, h, _middle(read, u * h, v * g, hessian), g)
+
+
+def nearest_signs(
+    w: Tensor, h: Tensor, other: Tensor, start: Tensor | None = None, hessian: Tensor | None = None
+) -> Tensor:
     """Signs u [n, R] of small |w - diag(h) u other^T|^2, from which no single flip leads lower.
 
     Args:
+        w: with a Hessian, W H.
         other: [m, R].
         start: signs to begin with; without, those that ADMM draws the least squares to.
+        hessian: [m, m], the metric of the error; None for equal columns.
     """
-    gram, target = other.t() @ other, w @ other
+    gram, target = _gram(other, hessian), w @ other
     if start is None:
         pull = FIXED_PULL * float(gram.diagonal().mean())
         u = _relaxed_signs(target / divisor(h), _inverse(gram.clone(), pull), pull)
@@ -77,6 +98,35 @@ def nearest_signs(w: Tensor, h: Tensor, other: Tensor, start: Tensor | None = No
     if u.numel():
         map_slabs(flip, *w.shape)
     return u
+
+
+def _columns(read: Tensor, v: Tensor, g: Tensor, p: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
+    """Signs of the side that a Hessian ties together, row after row, then its magnitudes, for W' = p V^T diag(g).
+
+    A flip in row j changes the error by 4 (g_j v_jr s_jr + g_j^2 H_jj gram_rr), s = H (W - W')^T p: that of ``_flip`` in
+    units of the root of H_jj. Rows of other blocks hear of a block's flips together.
+
+    Args:
+        read: W H.
+    """
+    v, gram, target = v.clone(), p.t() @ p, read.t() @ p
+    slope = target - hessian @ (v * g) @ gram
+    roots = divisor(hessian.diagonal().sqrt())
+    sizes = g[:, 0] * hessian.diagonal().sqrt()
+    for first in range(0, len(v), BLOCK):
+        last = min(first + BLOCK, len(v))
+        told = torch.zeros(last - first, gram.shape[0])
+        for j in range(first, last):
+            own = slope[j] / roots[j]
+            told[j - first] = own
+            _flip(
+                v[j : j + 1].numpy(), own.unsqueeze(0).numpy(), sizes[j : j + 1].numpy(), gram.numpy(), SWEEPS
+            )
+            told[j - first].sub_(own).div_(roots[j])
+            slope[j + 1 : last].addr_(hessian[j + 1 : last, j], told[j - first], alpha=-1)
+        slope[last:].addmm_(hessian[last:, first:last], told, alpha=-1)
+    stiff = (v @ gram @ v.t()).mul_(hessian)
+    return v, _solved(stiff, target.mul_(v).sum(1)).unsqueeze(1)
 
 
 @fast
@@ -164,17 +214,26 @@ def _sign(a: Tensor) -> Tensor:
     return torch.where(a < 0, -1.0, 1.0)
 
 
-def _side(w: Tensor, u: Tensor, h: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    """One side's signs, then its magnitudes, for the other side as it is."""
-    u = nearest_signs(w, h, other, u)
-    along, power = (u * (w @ other)).sum(1), (u * (u @ (other.t() @ other))).sum(1)
+def _side(
+    w: Tensor, u: Tensor, h: Tensor, other: Tensor, hessian: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """One side's signs, then its magnitudes, for the other side as it is; with a Hessian, w is W H."""
+    u = nearest_signs(w, h, other, u, hessian)
+    along, power = (u * (w @ other)).sum(1), (u * (u @ _gram(other, hessian))).sum(1)
     return u, (along / divisor(power)).unsqueeze(1)
 
 
-def _middle(w: Tensor, u: Tensor, v: Tensor, h: Tensor, g: Tensor) -> Tensor:
-    """l of least squares: of the normal equations of R matrices of rank one."""
-    b = v * g
-    gram = b.t() @ b
-    a = u * h
-    gram.mul_(a.t() @ a)
-    return _inverse(gram, 0.0) @ (w @ b).mul_(a).sum(0)
+def _middle(w: Tensor, a: Tensor, b: Tensor, hessian: Tensor | None = None) -> Tensor:
+    """l of least squares, W' = a diag(l) b^T: of the normal equations of R matrices of rank one; with a Hessian, w is W H."""
+    gram = _gram(b, hessian).mul_(a.t() @ a)
+    return _solved(gram, (w @ b).mul_(a).sum(0))
+
+
+def _gram(b: Tensor, hessian: Tensor | None) -> Tensor:
+    return b.t() @ (b if hessian is None else hessian @ b)
+
+
+def _solved(gram: Tensor, target: Tensor) -> Tensor:
+    """x of gram x = target, damped a little; gram is lost."""
+    gram.diagonal().add_(DAMPING * float(gram.diagonal().mean()) + 1e-30)
+    return torch.cholesky_solve(target.unsqueeze(1), torch.linalg.cholesky(gram, out=gram)).squeeze(1)

@@ -10,7 +10,7 @@ from torch import Tensor
 from poise.core.bits import pack_bits, unpack_bits, words
 from poise.core.errors import UsageError
 from poise.core.format import Format, Params
-from poise.formats._lowrank import factorize, nearest_signs
+from poise.formats._lowrank import Factors, descend, factorize, nearest_signs
 from poise.formats._scales import DTYPES, Scales
 
 FLOOR = 1e-6
@@ -83,11 +83,30 @@ class BinaryLowrank(Format):
         unit = x.norm() / x.numel() ** 0.5
         root = _weights(importance, columns).sqrt()
         found = factorize(x.div_(unit).mul_(root), rank)
-        g = found.g / root.view(-1, 1)
-        # l and g have a mean square of one, and h holds the magnitude.
-        of_l, of_g = (part.square().mean().sqrt().clamp(min=1e-30) for part in (found.l, g))
-        h = found.h * (of_l * of_g * unit) * size
-        return self._store(h, found.l / of_l, g / of_g, found.v)
+        return self._levelled(found._replace(g=found.g / root.view(-1, 1), h=found.h * unit), size)
+
+    def descend(
+        self, weight: Tensor, codes: Tensor, params: Params, hessian: Tensor, rounds: int
+    ) -> tuple[Tensor, Params]:
+        """Every part in turn at its best for the rest, signs by flips; as factors are stored, no round that raises the
+        objective is kept."""
+        size = weight.abs().amax() if weight.numel() else torch.tensor(0.0)
+        least = _objective(weight - self.decode(codes, params), hessian)
+        for _ in range(rounds if size else 0):
+            h, l, g = (params[key].float() for key in ("row", "rank", "column"))  # noqa: E741
+            found = Factors(_signs(codes), _signs(params["right"]), h / size, l[0], g)
+            found = descend(weight / size, found, hessian)
+            new, trial = (found.u > 0).to(torch.uint8), self._levelled(found, size)
+            now = _objective(weight - self.decode(new, trial), hessian)
+            if not now < least:
+                break
+            codes, params, least = new, trial, now
+        return codes, params
+
+    def _levelled(self, factors: Factors, size: Tensor) -> Params:
+        """As they are stored: l and g have a mean square of one, and h holds the magnitude."""
+        of_l, of_g = (part.square().mean().sqrt().clamp(min=1e-30) for part in (factors.l, factors.g))
+        return self._store(factors.h * (of_l * of_g) * size, factors.l / of_l, factors.g / of_g, factors.v)
 
     def _store(self, h: Tensor, l: Tensor, g: Tensor, v: Tensor) -> Params:  # noqa: E741
         scales = Scales(self.scale)
@@ -142,6 +161,11 @@ def _weights(importance: Tensor | None, columns: int) -> Tensor:
     if importance is None or not bool(importance.any()):
         return torch.ones(columns)
     return (importance.float() / importance.max()).clamp(min=FLOOR)
+
+
+def _objective(lost: Tensor, hessian: Tensor) -> float:
+    """tr E H E^T."""
+    return float(((lost @ hessian) * lost).sum(dtype=torch.float64))
 
 
 def _signs(bit: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ from poise.core.solver import Solver
 from poise.core.stats import Stats
 from poise.kernels.ladders import Ladders, ladders_of
 from poise.solvers._hessian import Factor, damped, factorize
-from poise.solvers._majorize import majorize
 from poise.solvers._sweep import sweep
 
 Shared = tuple[Tensor | None, Factor | Tensor | None]
@@ -94,7 +93,7 @@ class Gptq(Solver):
         if factor is None or not weight.numel():
             return format.round(weight, params, importance, noise), params
         if isinstance(factor, Tensor):
-            return majorize(weight, format, format.round(weight, params, importance), params, factor, STEPS)
+            return format.descend(weight, format.round(weight, params, importance), params, factor, STEPS)
         ladders = ladders_of(format, params, *weight.shape) if noise is None else None
         if ladders is None:
             return feed_back(weight, format, params, factor, noise), params

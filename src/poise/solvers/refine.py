@@ -11,7 +11,6 @@ from poise.core.solver import Solver
 from poise.core.stats import Stats
 from poise.kernels.ladders import ladders_of
 from poise.solvers._hessian import damped
-from poise.solvers._majorize import majorize
 from poise.solvers._sweep import descend
 
 
@@ -44,9 +43,7 @@ class Refine(Solver):
     def prepare(self, weight: Tensor, format: Format, stats: Stats | None) -> Any:
         if stats is None:
             return None, None
-        hessian = (
-            None if stats.hessian is None or format.width == 0 else damped(stats.hessian.float(), self.damp)
-        )
+        hessian = None if stats.hessian is None else damped(stats.hessian.float(), self.damp)
         return stats.second_moment.float(), hessian
 
     def solve_slab(
@@ -62,7 +59,7 @@ class Refine(Solver):
         if hessian is None or not weight.numel():
             return codes, params
         if format.width == 0:
-            return majorize(weight, format, codes, params, hessian, self.rounds)
+            return format.descend(weight, codes, params, hessian, self.rounds)
         before = torch.inf
         gradient = ((weight - format.decode(codes, params)) @ hessian).contiguous()
         for _ in range(self.rounds):
