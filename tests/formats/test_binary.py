@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from format_tools import error, solve
-from poise.core.errors import FormatError, UsageError
+from poise.core.errors import FormatError, PoiseWarning, UsageError
 from poise.core.format import QTensor
 from poise.core.registry import build, spec_of
 from poise.formats._lowrank import Factors, descend, nearest_signs
@@ -305,3 +305,12 @@ def test_descent_of_lowrank_ends_where_no_sign_and_no_magnitude_leads_lower():
                 part = getattr(found, key).clone()
                 part.view(-1)[place] *= factor
                 assert objective(found._replace(**{key: part})) > falling[-1] * (1 - 1e-4), (key, place)
+
+
+def test_descent_of_lowrank_without_least_squares_keeps_what_it_has_and_says_so():
+    form, weight = build("format", "binary-lowrank").resolve("float16"), gaussian(48, 96)
+    params = form.fit(weight)
+    codes = form.round(weight, params)
+    with pytest.warns(PoiseWarning, match="ended early"):
+        found, kept = form.descend(weight, codes, params, -torch.eye(96), 3)
+    assert torch.equal(form.decode(found, kept), form.decode(codes, params))

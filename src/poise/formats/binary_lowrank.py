@@ -1,6 +1,7 @@
 """Products of two matrices of signs: one bit a weight and below (LittleBit, Lee et al. 2025, arXiv 2506.13771;
 NanoQuant, 2026)."""
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from poise.core.bits import pack_bits, unpack_bits, words
-from poise.core.errors import UsageError
+from poise.core.errors import PoiseWarning, UsageError
 from poise.core.format import Format, Params
 from poise.formats._lowrank import Factors, descend, factorize, nearest_signs
 from poise.formats._scales import DTYPES, Scales
@@ -95,7 +96,16 @@ class BinaryLowrank(Format):
         for _ in range(rounds if size else 0):
             h, l, g = (params[key].float() for key in ("row", "rank", "column"))  # noqa: E741
             found = Factors(_signs(codes), _signs(params["right"]), h / size, l[0], g)
-            found = descend(weight / size, found, hessian)
+            try:
+                found = descend(weight / size, found, hessian)
+            except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+                message = (
+                    "magnitudes have no least squares in float32, so descent under the Hessian ended early"
+                )
+                warnings.warn(
+                    f"binary-lowrank: {message}; a larger damp may help", PoiseWarning, stacklevel=2
+                )
+                break
             new, trial = (found.u > 0).to(torch.uint8), self._levelled(found, size)
             now = _objective(weight - self.decode(new, trial), hessian)
             if not now < least:
