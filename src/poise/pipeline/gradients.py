@@ -10,6 +10,7 @@ from torch import Tensor
 from poise.core.checkpoint import Checkpoint
 from poise.core.registry import get
 from poise.pipeline.progress import Progress
+from poise.training.precision import product_name
 
 BATCH_TOKENS = 2048
 """Tokens that go through the model at a time."""
@@ -36,7 +37,7 @@ def squared_gradients(
     found: dict[str, list[Tensor]] = {path: [] for path in runs}
     dice = torch.Generator().manual_seed(SEED)
     batch = max(1, BATCH_TOKENS // len(windows[0]))
-    with get("engine", "torch")(dtype="bfloat16") as engine:
+    with get("engine", "torch")(dtype=product_name()) as engine:
         engine.load(checkpoint)
         model: Any = engine.model
         model.requires_grad_(False)

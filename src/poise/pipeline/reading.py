@@ -20,6 +20,7 @@ from poise.pipeline.stream import Calibration
 from poise.pipeline.transforming import needs_text
 from poise.pipeline.workspace import Workspace
 from poise.training.distill import distill_of
+from poise.training.precision import product_dtype, product_name
 
 DIAGONAL_WINDOW = 256
 """Tokens of a window of calibration text, where only second moments are wanted."""
@@ -121,7 +122,7 @@ class Reading:
         tokenizer = self.checkpoint.tokenizer()
         opening = tokenizer("")["input_ids"][:1]
         embedding = next(linear for linear in self.checkpoint.linears() if linear.role == "embedding")
-        with get("engine", "torch")(dtype="bfloat16") as engine:
+        with get("engine", "torch")(dtype=product_name()) as engine:
             engine.load(self.checkpoint)
             return write_windows(
                 engine.writer,
@@ -152,7 +153,7 @@ def reading_of(checkpoint: Checkpoint, plan: Plan, calibration: str | Path | Non
             checkpoint=checkpoint, plan=plan, text=load_text(calibration, "calibration", tokenizer)
         )
     if wants_hessian(plan) or plan.tune is not None:
-        need = 2 * sum(info.numel for info in checkpoint.tensors().values())
+        need = product_dtype().itemsize * sum(info.numel for info in checkpoint.tensors().values())
         if need < ROOM * available_memory():
             return Reading(checkpoint=checkpoint, plan=plan, text=None)
         warnings.warn(

@@ -15,6 +15,7 @@ from poise.core.format import QTensor
 from poise.core.slabs import map_slabs
 from poise.kernels.ladders import LinearLadders, begin, bits, ladders_of
 from poise.kernels.places import pass_through, values_at
+from poise.training.precision import product_dtype
 
 T = TypeVar("T")
 
@@ -58,6 +59,7 @@ class LearnedWeight(nn.Module):
         whole: Tensor = _Settle.apply(
             self.parts, self.ladders.values, keys, self.places, *self.linear.values()
         )  # type: ignore[no-untyped-call]
+        whole = whole.to(product_dtype())
         return whole.T if self.transposed else whole
 
     def result(self) -> QTensor:

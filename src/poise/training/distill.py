@@ -26,6 +26,7 @@ from poise.core.format import Params, QTensor
 from poise.core.registry import parse_spec
 from poise.training._codes import LearnedWeight
 from poise.training._descent import Descent
+from poise.training.precision import product_dtype, products
 
 POSITIONS = 256
 """Whose logits are in memory at a time."""
@@ -40,8 +41,8 @@ class Answers:
     """What the original makes of windows, kept so that it is read once and not in memory afterwards.
 
     Attributes:
-        states: what its head reads, bfloat16 [windows, length, hidden].
-        head: its output embedding, bfloat16 [vocabulary, hidden].
+        states: what its head reads, [windows, length, hidden].
+        head: its output embedding, [vocabulary, hidden].
         inner: hidden states of taught blocks, bfloat16 [windows, blocks, length, hidden], on disk; None if none are taught.
     """
 
@@ -236,7 +237,7 @@ def answers(
     """Reads the windows with the original.
 
     Args:
-        model: in float32, as transformers runs it; computes in bfloat16.
+        model: in float32, as transformers runs it; computes in ``product_dtype``.
         progress: told the windows that are read, and all of them.
         hidden: file that keeps hidden states of every ``TAUGHT`` th block, if they are wanted; a model of fewer than four
             blocks has none.
@@ -272,10 +273,10 @@ def divergence(states: Tensor, head: Tensor, wanted: Tensor, original: Tensor) -
 
 def _states(model: Any, ids: Tensor, hidden: bool = False) -> tuple[Tensor, list[Tensor]]:
     """What the head reads, and hidden states after every ``TAUGHT`` th block but the last, if they are wanted."""
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with products():
         found = model.base_model(input_ids=ids, use_cache=False, output_hidden_states=hidden)
     inner = list(found.hidden_states[TAUGHT:-1:TAUGHT]) if hidden else []
-    return found.last_hidden_state.to(torch.bfloat16), inner
+    return found.last_hidden_state.to(product_dtype()), inner
 
 
 def _error(states: list[Tensor], wanted: Tensor) -> Tensor:
@@ -296,7 +297,7 @@ def _error(states: list[Tensor], wanted: Tensor) -> Tensor:
 
 def _head(model: Any) -> Tensor:
     weight: Tensor = model.get_output_embeddings().weight.detach()
-    return weight.to(torch.bfloat16)
+    return weight.to(product_dtype())
 
 
 class _Divergence(torch.autograd.Function):
@@ -353,6 +354,7 @@ class _Weight(nn.Module):
                 for key, value in self.linear.items()
             ]
             whole = sum(parts[1:], parts[0]).flatten(1)[:, : self.columns]
+        whole = whole.to(product_dtype())
         return whole.T if self.transposed else whole
 
     def result(self) -> QTensor:
