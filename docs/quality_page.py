@@ -61,6 +61,12 @@ def quality_parts(facts: dict[str, Any]) -> list[str]:
         for row in facts["rows"]
         if row.get("tune") and row["tune"] != PRESETS[row["preset"]].tune
     ]
+    widths: dict[str, set[int]] = {}
+    for row in facts["rows"]:
+        widths.setdefault(row["preset"], set()).add(row["bits"])
+    every = set().union(*widths.values())
+    lacking = [f"{name} at {bits} bits" for name, known in widths.items() for bits in sorted(every - known)]
+    older += [f"Not measured, so that the best peer may be better: {', '.join(lacking)}."] if lacking else []
     count = facts["rows"][0]["held-out"]["windows"]
     return [
         "## What they lose",
