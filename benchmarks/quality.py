@@ -137,6 +137,7 @@ def quantize(material: Material, preset: str, bits: int, group: int) -> tuple[Pa
     plan = json.loads((Path(artifact["model"]) / "plan.json").read_text(encoding="utf-8"))
     return Path(artifact["model"]), {
         "kind": "poise",
+        "solver": next(row["solver"] for row in plan["rows"] if row["solver"]),
         "tune": plan["tune"],
         "stored": artifact["manifest"]["linear_bits_per_weight"],
         "seconds": sum(value for stage, value in run["stages"].items() if stage != "export"),

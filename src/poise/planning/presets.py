@@ -33,7 +33,7 @@ class Preset:
 PRESETS = {
     "fast": Preset(solver="search", tokens=0, tune=None, cost="seconds, no text of yours"),
     "balanced": Preset(
-        solver="gptaq -> refine",
+        solver="gptaq(damp=0.1) -> refine(damp=0.1)",
         tokens=32768,
         tune=None,
         cost="minutes for a model of 100 million weights; memory of one block",
