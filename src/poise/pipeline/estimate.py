@@ -165,7 +165,7 @@ def _stream_memory(
             n = max(groups.values())
             need += sum(min(4 * tokens * columns, READ) for columns in groups.values())
             disk += sum(max(0, 4 * tokens * columns - READ) for columns in groups.values())
-            need += n * n * (4 + 4 + 2 * 8 + 4)
+            need += n * n * (4 + 4 + 8 + 4)  # both moments; the factor in float64, and as it is kept
         most, spilled = max(most, need), max(spilled, disk)
     return most + LIBRARIES, spilled
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-MEMORY = 1 << 29
+MEMORY = 1 << 28
 """Bytes that one spool keeps in memory."""
 
 

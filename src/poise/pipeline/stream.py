@@ -21,6 +21,7 @@ from poise.core.format import Format, QTensor
 from poise.core.linear import Linear
 from poise.core.plan import Plan, PlanRow
 from poise.core.registry import build
+from poise.core.run import return_freed_memory
 from poise.core.slabs import map_slabs
 from poise.core.solver import Chain, Solver
 from poise.core.stats import Stats
@@ -96,6 +97,7 @@ def solve_plan(
     Raises:
         PoiseError: what is finished is kept in the workspace for the next attempt.
     """
+    return_freed_memory()
     work = _Work(checkpoint, plan, workspace, progress)
     if calibration is not None and not all(workspace.has(row) for row in plan.quantized):
         _Stream(work, calibration).run()

@@ -10,6 +10,8 @@ from poise.core.errors import FormatError, PoiseWarning
 
 RETRIES = 8
 """Damping grows tenfold until the factor exists: from 0.01 of the mean that is more than any rounding error needs."""
+ROWS = 512
+"""Of a matrix that are copied at a time: wide layers have no room for two."""
 
 
 @dataclass(frozen=True)
@@ -67,16 +69,16 @@ def cholesky(hessian: Tensor, damp: float, order: Tensor | None = None) -> Tenso
     """
     added = damping(hessian, damp)
     mean = float((hessian.diagonal().double() + added).mean())
-    wide = (hessian if order is None else hessian.index_select(0, order).index_select(1, order)).double()
-    wide.diagonal().add_(added if order is None else added[order])
-    extra = 0.0
+    order = torch.arange(len(hessian)) if order is None else order
+    extra, failed = 0.0, torch.empty((), dtype=torch.int32)
     for attempt in range(RETRIES):
-        lower, failed = torch.linalg.cholesky_ex(wide)
+        wide = _ordered(hessian, order)
+        wide.diagonal().add_(added[order] + extra)
+        # It is its own transpose, which lies as LAPACK wants it: the factor takes its place.
+        torch.linalg.cholesky_ex(wide.T, out=(wide.T, failed))
         if int(failed) == 0:
             break
-        step = max(damp, 1e-3) * mean * 10**attempt
-        wide.diagonal().add_(step)
-        extra += step
+        extra += max(damp, 1e-3) * mean * 10**attempt
     else:
         raise FormatError("the Hessian of its inputs cannot be factorized, whatever is added to its diagonal")
     if extra:
@@ -85,8 +87,16 @@ def cholesky(hessian: Tensor, damp: float, order: Tensor | None = None) -> Tenso
             PoiseWarning,
             stacklevel=2,
         )
-    found: Tensor = lower
-    return found
+    return wide.T
+
+
+def _ordered(hessian: Tensor, order: Tensor) -> Tensor:
+    """Rows and columns in an order, float64, without a second copy."""
+    wide = torch.empty(hessian.shape, dtype=torch.float64)
+    for start in range(0, len(order), ROWS):
+        rows = order[start : start + ROWS]
+        wide[start : start + ROWS] = hessian[rows].index_select(1, order)
+    return wide
 
 
 def factorize(hessian: Tensor, *, damp: float, width: int = 1, act_order: bool = True) -> Factor:
@@ -111,4 +121,8 @@ def factorize(hessian: Tensor, *, damp: float, width: int = 1, act_order: bool =
         order = order.view(-1, width)[units].flatten()
     # R is the lower factor of H in reversed order, reversed.
     lower = cholesky(hessian, damp, order.flip(0))
-    return Factor(order=order, upper=lower.float().flip(0, 1))
+    upper = torch.empty(n, n)
+    for start in range(0, n, ROWS):
+        rows = slice(start, min(n, start + ROWS))
+        upper[n - rows.stop : n - rows.start] = lower[rows].float().flip(0, 1)
+    return Factor(order=order, upper=upper)
