@@ -57,9 +57,10 @@ def quality_parts(facts: dict[str, Any]) -> list[str]:
             f"| {held['kl']:.4f} ± {held['half']:.4f} | {share} | {held['top1']:.3f} | {other['kl']:.4f} ± {other['half']:.4f} |"
         )
     older = [
-        f"The row of `{row['preset']}` at {row['bits']} bits was measured when it was `{row['tune']}`."
+        f"The row of `{row['preset']}` at {row['bits']} bits was measured when its {key} was `{row[key]}`."
         for row in facts["rows"]
-        if row.get("tune") and row["tune"] != PRESETS[row["preset"]].tune
+        for key in ("solver", "tune")
+        if row.get(key) and row["preset"] in PRESETS and row[key] != getattr(PRESETS[row["preset"]], key)
     ]
     widths: dict[str, set[int]] = {}
     for row in facts["rows"]:
