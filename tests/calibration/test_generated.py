@@ -49,6 +49,14 @@ def test_texts_begin_differently_and_equal_seeds_write_the_same():
     assert HOT > 1
 
 
+def test_texts_go_on_from_passages_in_turn():
+    passages = [[7, 20, 21], [3, 30, 31], [9, 40, 41]]
+    found = write(successor, passages=passages, windows=40)
+    assert [window[:3] for window in found] == [passages[text % 3] for text in range(40)]
+    follows = [window[3] == window[2] + 1 for window in found]
+    assert all(follows), "no token is drawn from a flat distribution"
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt2"])
 def test_the_engine_continues_its_own_texts(model_factory, name):
     """With its cache it gives the scores that it gives without."""

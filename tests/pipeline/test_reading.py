@@ -10,9 +10,10 @@ from poise.checkpoints import open_checkpoint
 from poise.core.errors import PoiseWarning, UsageError
 from poise.core.plan import Plan, PlanRow
 from poise.pipeline import reading, stream
-from poise.pipeline.reading import reading_of
+from poise.pipeline.reading import PASSAGE, reading_of
 from poise.pipeline.workspace import Workspace
 from poise.planning.presets import preset_recipe
+from poise.training.distill import distill_of
 
 
 def plan_of(solver, **changes):
@@ -67,6 +68,21 @@ def test_what_a_text_lacks_for_training_is_written_for_training_alone(llama, tmp
     enough = dataclasses.replace(plan, tune="distill(steps=1, batch=128, held=0.0, reads=2)")
     text = reading_of(open_checkpoint(llama), enough, tmp_path / "a.txt")
     assert not text.calibration(Workspace(tmp_path / "other", {}), lambda *_: None).written
+
+
+def test_what_is_written_goes_on_from_windows_that_do_not_judge(llama, tmp_path):
+    """A fifth of all windows judges: the last of the text, of which nothing may be trained."""
+    plan = plan_of("gptq", tokens=256, tune="distill(steps=10, batch=512, held=0.2, reads=2)")
+    (tmp_path / "a.txt").write_text(" ".join(f"word{number}" for number in range(150)))
+    text = reading_of(open_checkpoint(llama), plan, tmp_path / "a.txt")
+    found = text.calibration(Workspace(tmp_path / "out", {}), lambda *_: None)
+    judging = distill_of(plan.tune).judging(len(found.windows) + len(found.written))
+    assert 0 < judging < len(found.windows) < len(found.written)
+    taught = [window[:PASSAGE] for window in found.windows[:-judging]]
+    assert [window[:PASSAGE] for window in found.written] == [
+        taught[place % len(taught)] for place in range(len(found.written))
+    ]
+    assert len({tuple(window) for window in found.written}) == len(found.written)
 
 
 def test_own_text_is_written_once_and_kept_for_a_resumed_run(llama, tmp_path, monkeypatch):

@@ -41,6 +41,9 @@ SELF = "self"
 SEED = 0
 """Of what the model writes."""
 
+PASSAGE = 32
+"""Tokens of a given window from which the model goes on."""
+
 ROOM = 0.5
 """Share of the free memory that a model may take to write its own text when nobody asked for that."""
 
@@ -100,6 +103,15 @@ class Reading:
             return max(1, self.tokens // self.length) if reads(self.plan) else 0
         return max(0, self._fresh // self.length - len(self.given))
 
+    @property
+    def passages(self) -> list[list[int]]:
+        """What the model goes on from where a text lacks some: beginnings of its windows, but of those that will judge."""
+        if not self.given:
+            return []
+        judging = distill_of(self.plan.tune).judging(len(self.given) + self.lacking) if self.plan.tune else 0
+        length = min(PASSAGE, self.length // 2)
+        return [window[:length] for window in self.given[:-judging] or self.given]
+
     def calibration(self, workspace: Workspace, progress: Progress) -> Calibration | None:
         """All windows, if the plan needs any."""
         if not reads(self.plan):
@@ -129,6 +141,7 @@ class Reading:
                 windows=self.lacking,
                 length=self.length,
                 opening=opening,
+                passages=self.passages,
                 banned=sorted(set(tokenizer.all_special_ids)),
                 vocabulary=embedding.rows,
                 seed=SEED,

@@ -39,7 +39,7 @@ PRESETS = {
         cost="minutes for a model of 100 million weights; memory of one block",
     ),
     "best": Preset(
-        solver="gptaq -> refine",
+        solver="gptaq(damp=0.1) -> refine(damp=0.1)",
         tokens=131072,
         tune="distill(steps=480, code_rate=0.004, hidden=5.0, reads=5)",
         cost="up to hours for a model of 100 million weights; memory of the whole model",

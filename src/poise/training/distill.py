@@ -107,6 +107,10 @@ class Distill:
         """Of text that training would read without reading any twice."""
         return round(self.steps * self.batch / (1 - self.held))
 
+    def judging(self, windows: int) -> int:
+        """How many of the windows judge: the last ones."""
+        return max(1, round(self.held * windows))
+
     def run(
         self,
         model: Any,
@@ -130,7 +134,7 @@ class Distill:
         Raises:
             PoiseError: too few windows to hold some back.
         """
-        count = max(1, round(self.held * len(windows)))
+        count = self.judging(len(windows))
         if len(windows) < 2 * count:
             raise PoiseError(f"{len(windows)} windows are too few to tune on and to hold some back")
         held = list(range(len(windows) - count, len(windows)))
