@@ -83,6 +83,11 @@ def test_what_is_written_goes_on_from_windows_that_do_not_judge(llama, tmp_path)
         taught[place % len(taught)] for place in range(len(found.written))
     ]
     assert len({tuple(window) for window in found.written}) == len(found.written)
+    (tmp_path / "short.txt").write_text(" ".join(f"word{number}" for number in range(40)))
+    short = reading_of(open_checkpoint(llama), plan, tmp_path / "short.txt")
+    assert 0 < len(short.given) < judging, "all of them judge"
+    assert short.lacking > 0
+    assert short.passages == []
 
 
 def test_own_text_is_written_once_and_kept_for_a_resumed_run(llama, tmp_path, monkeypatch):

@@ -105,12 +105,15 @@ class Reading:
 
     @property
     def passages(self) -> list[list[int]]:
-        """What the model goes on from where a text lacks some: beginnings of its windows, but of those that will judge."""
-        if not self.given:
+        """What the model goes on from where a text lacks some: beginnings of its windows, but of those that will judge.
+
+        None if all of them will: the model then opens its texts itself.
+        """
+        if not self.given or self.plan.tune is None:
             return []
-        judging = distill_of(self.plan.tune).judging(len(self.given) + self.lacking) if self.plan.tune else 0
+        judging = distill_of(self.plan.tune).judging(len(self.given) + self.lacking)
         length = min(PASSAGE, self.length // 2)
-        return [window[:length] for window in self.given[:-judging] or self.given]
+        return [window[:length] for window in self.given[: max(0, len(self.given) - judging)]]
 
     def calibration(self, workspace: Workspace, progress: Progress) -> Calibration | None:
         """All windows, if the plan needs any."""
