@@ -112,7 +112,11 @@ def test_tuning_mends_spoiled_scales_and_keeps_the_codes(pair, spec):
         model, original, weights, frozenset(), text(0), lambda *facts: seen.append(facts)
     )
     assert tuned.after < 0.7 * tuned.before
-    assert [facts[0] for facts in seen] == [10, 20, 30]
+    assert [facts[0] for facts in seen] == list(range(1, 31))
+    held = [facts[3] for facts in seen]
+    assert held[0] == tuned.before
+    assert len(set(held)) == 4  # before, and after 10, 20 and 30 steps
+    assert held[9] == held[18] != held[8]
     for name, weight in tuned.weights.items():
         assert torch.equal(weight.codes, weights[name].codes)
         assert {key: value.dtype for key, value in weight.params.items()} == {
@@ -126,7 +130,6 @@ def test_tuning_mends_spoiled_scales_and_keeps_the_codes(pair, spec):
 @pytest.mark.parametrize("spec", [*SPECS, "q4_k"])
 def test_learned_codes_begin_as_they_are_and_pass_gradients(spec, monkeypatch):
     monkeypatch.setattr(slabs, "WEIGHTS", 512)  # several threads
-    monkeypatch.setattr(_codes, "SLAB", 512)
     dice = torch.Generator().manual_seed(2)
     original, probe = (torch.randn(8, 256, generator=dice) for _ in range(2))
     format = build("format", spec).resolve("float16")
@@ -163,8 +166,10 @@ def test_learned_codes_find_back_from_spoiled_ones(pair):
         codes = torch.where(moved, (weight.codes.int() ^ 1).to(weight.codes.dtype), weight.codes)
         weights[name] = dataclasses.replace(weight, codes=codes)
     fresh, found = copy.deepcopy(model), []
-    for student, rate in ((model, 0.0), (fresh, 0.02)):
-        recipe = Distill(steps=40, batch=192, every=10, scale_rate=1e-2, code_rate=rate)
+    for student, rate in ((model, 0.0), (fresh, 0.04)):
+        recipe = Distill(
+            steps=40, batch=192, every=10, scale_rate=2e-2, norm_rate=2e-3, code_rate=rate
+        )  # of 16 levels
         found.append(recipe.run(student, original, weights, frozenset(), text(0), lambda *_: None))
     frozen, learned = found
     assert abs(frozen.before - learned.before) < 0.02 * frozen.before
@@ -260,7 +265,7 @@ def test_interrupted_training_goes_on_to_the_same_result(pair, tmp_path):
         lambda step, *_: steps.append(step),
         tmp_path / "state",
     )
-    assert steps == [9]
+    assert steps == [7, 8, 9]
     again = recipe.run(
         fresh,
         original,
@@ -270,13 +275,26 @@ def test_interrupted_training_goes_on_to_the_same_result(pair, tmp_path):
         lambda step, *_: steps.append(step),
         tmp_path / "state",
     )
-    assert steps == [9]  # killed before its result was kept, finished training is not done again
+    assert steps == [7, 8, 9]  # killed before its result was kept, finished training is not done again
     assert again.after == resumed.after
     assert (resumed.before, resumed.after, resumed.steps) == (whole.before, whole.after, whole.steps)
     for name, weight in resumed.weights.items():
         assert torch.equal(weight.codes, whole.weights[name].codes)
         assert torch.equal(weight.params["scale"], whole.weights[name].params["scale"])
     assert all(torch.equal(resumed.norms[name], value) for name, value in whole.norms.items())
+
+
+@pytest.mark.parametrize(("bits", "share"), [(2, 1), (3, 1), (4, 0.5), (5, 0.25)])
+def test_fine_grids_learn_more_slowly_and_norms_as_the_coarsest(pair, bits, share):
+    model, _ = pair
+    model.requires_grad_(False)
+    (fine, weight), (coarse, other) = list(quantized(model, f"int(bits={bits}, group=32)").items())[:2]
+    other = quantized(model, "int(bits=4, group=32)")[coarse]
+    parts = [_attach(model, fine, weight, False, True), _attach(model, coarse, other, False, True)]
+    rates = [group["lr"] for group in Distill(code_rate=1.0)._groups([torch.full((8,), 2.0)], parts)]
+    size = [float(part.linear["scale"].square().mean().sqrt()) for part in parts]
+    expected = [2e-3 * max(share, 0.5), 3e-3 * share * size[0], 3e-3 * 0.5 * size[1], share, 0.5]
+    assert rates == pytest.approx(expected)
 
 
 def test_training_that_only_hurts_is_given_up(pair):

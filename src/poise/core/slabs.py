@@ -5,9 +5,11 @@ memory stays bounded. Every slab is one thread's work from start to end: threads
 once an operation, so a machine that is busy with something else costs its share and no more.
 """
 
+import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -26,10 +28,21 @@ def map_slabs(work: Callable[[slice], T], rows: int, columns: int, tile_rows: in
     step = tile_rows * max(1, WEIGHTS // max(1, columns * tile_rows))
     slabs = [slice(start, min(start + step, rows)) for start in range(0, max(1, rows), step)]
     with one_thread_each() as threads:
-        if len(slabs) == 1:
-            return [work(slabs[0])]
-        with ThreadPoolExecutor(threads) as pool:
-            return list(pool.map(work, slabs))
+        if min(threads, len(slabs)) == 1:  # one slab, or work that is itself a slab's
+            return [work(slab) for slab in slabs]
+        started = [_pool(threads, os.getpid()).submit(work, slab) for slab in slabs]
+        try:
+            return [future.result() for future in started]
+        finally:
+            for future in started:
+                future.cancel()
+            wait(started)
+
+
+@cache
+def _pool(threads: int, process: int) -> ThreadPoolExecutor:
+    """Threads that stay, since starting them takes as long as a million weights; a forked process has none of its parent's."""
+    return ThreadPoolExecutor(threads, thread_name_prefix="slab")
 
 
 @contextmanager

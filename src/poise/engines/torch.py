@@ -6,7 +6,8 @@ here that integer engines apply (symmetric, dynamic, scale = absmax / (2^(b-1) -
 """
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -100,7 +101,8 @@ class Torch(Engine):
         @torch.no_grad()
         def advance(new: Tensor) -> Tensor:
             nonlocal cache
-            output = self._model(input_ids=new, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            with _single_queries(self._model) if new.shape[1] == 1 else nullcontext():
+                output = self._model(input_ids=new, past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache = output.past_key_values
             scores: Tensor = output.logits[:, -1]
             return scores
@@ -109,6 +111,20 @@ class Torch(Engine):
 
     def close(self) -> None:
         self._model = None
+
+
+@contextmanager
+def _single_queries(model: Any) -> Iterator[None]:
+    """Attention of one token a text as plain products: torch's fused kernel is made for many, and takes several times as long."""
+    usual = model.config._attn_implementation
+    if usual != "sdpa":
+        yield
+        return
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(usual)
 
 
 def _round_inputs(bits: int) -> Any:

@@ -41,7 +41,7 @@ PRESETS = {
     "best": Preset(
         solver="gptaq(damp=0.1) -> refine(damp=0.1)",
         tokens=131072,
-        tune="distill(steps=480, code_rate=0.004, hidden=5.0, reads=5)",
+        tune="distill(steps=520, code_rate=0.004, hidden=5.0, reads=5)",
         cost="up to hours for a model of 100 million weights; memory of the whole model",
     ),
 }

@@ -5,8 +5,7 @@ the loss falls with the place as fast as it would if the value did not jump. (Be
 in units of levels, as in LSQ, Esser et al. 2019, arXiv 1902.08153.)
 """
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +16,8 @@ from poise.kernels.ladders import LinearLadders, begin, bits, ladders_of
 from poise.kernels.places import pass_through, values_at
 from poise.training.precision import product_dtype
 
-T = TypeVar("T")
-
 INSIDE = 0.4
 """How far from its level a place may begin: noise of the first steps moves no code."""
-
-
-SLAB = 1 << 21
-"""Weights that are one thread's work: fewer are done before other threads have begun."""
 
 
 class LearnedWeight(nn.Module):
@@ -89,7 +82,7 @@ class _Settle(torch.autograd.Function):
         def work(rows: slice) -> None:
             values_at(plain[rows].numpy(), bits(stored[rows]), parts.wide, bits(found[rows]))
 
-        _in_slabs(work, places)
+        map_slabs(work, *places.shape)
         ctx.parts, ctx.keys = parts, keys
         ctx.save_for_backward(places, values)
         return found
@@ -104,10 +97,5 @@ class _Settle(torch.autograd.Function):
             pass_through(*arrays, ctx.parts.wide, slope[rows].numpy())
             return [ctx.parts.collected(key, gradient, places, rows) for key in ctx.keys]
 
-        slabs = _in_slabs(work, places)
+        slabs = map_slabs(work, *places.shape)
         return None, None, None, slope, *(torch.cat(found) for found in zip(*slabs, strict=True))
-
-
-def _in_slabs(work: Callable[[slice], T], places: Tensor) -> list[T]:
-    rows, columns = places.shape
-    return map_slabs(work, rows, columns, max(1, SLAB // columns))

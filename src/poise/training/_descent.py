@@ -28,6 +28,7 @@ class Descent:
 
     Attributes:
         step: steps that are done.
+        now: what was judged last.
         least: of what was judged; ``best_step`` is when.
         before: what was judged first.
     """
@@ -44,7 +45,7 @@ class Descent:
         self.dice = torch.Generator().manual_seed(seed)
         self.order: list[int] = []
         self.step, self.best_step = 0, 0
-        self.before, self.least = math.nan, math.inf
+        self.before, self.now, self.least = math.nan, math.nan, math.inf
         self.best: list[Tensor] = []
         if kept is not None and kept.exists():
             self._load(kept)
@@ -68,6 +69,7 @@ class Descent:
 
     def judged(self, loss: float) -> None:
         """Keeps the values of now if none were better; the first call is for those before any step."""
+        self.now = loss
         if self.step == 0:
             self.before = loss
         if self.step == 0 or loss < self.least:
@@ -78,7 +80,9 @@ class Descent:
         """Keeps the whole state, if there is a file for it."""
         if self.kept is None:
             return
-        numbers = {name: getattr(self, name) for name in ("step", "best_step", "before", "least", "order")}
+        numbers = {
+            name: getattr(self, name) for name in ("step", "best_step", "before", "now", "least", "order")
+        }
         state = {
             "numbers": numbers,
             "values": [value.detach() for value in self.values],

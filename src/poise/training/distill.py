@@ -22,7 +22,7 @@ from torch.nn.functional import linear
 from torch.nn.utils import parametrize
 
 from poise.core.errors import PoiseError, UsageError
-from poise.core.format import Params, QTensor
+from poise.core.format import Format, Params, QTensor
 from poise.core.registry import parse_spec
 from poise.training._codes import LearnedWeight
 from poise.training._descent import Descent
@@ -34,6 +34,9 @@ LOGITS = 1 << 20
 """That are made distributions at a time: they stay in the cache, however many words a vocabulary has."""
 TAUGHT = 3
 """Of so many blocks one's hidden states are taught."""
+LEVELS = 8
+"""Of a grid that learns at the given rates, or a coarser one. Of a finer grid less was lost, and the same steps would undo more of
+what was solved: it learns more slowly in proportion."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +55,7 @@ class Answers:
 
 
 Seen = Callable[[int, int, float, float], None]
-"""Called with (steps done, steps, loss, loss on held-back windows) after every evaluation."""
+"""Called with (steps done, steps, loss, divergence on held-back windows when it was last evaluated) after every step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,14 +83,15 @@ class Distill:
     Attributes:
         steps: of training.
         batch: tokens of a step, about.
-        scale_rate: learning rate of scales, as a share of their root mean square.
+        scale_rate: learning rate of scales, as a share of their root mean square. All rates are those of a grid of up to eight levels; a
+            finer one learns more slowly in proportion, and norms as fast as the coarsest.
         norm_rate: likewise of norms: some are forty times smaller than others.
         code_rate: learning rate of codes, in levels a step; 0 leaves them as they are. Formats that are not scalar keep
             theirs.
         hidden: weight of the hidden states' error, as a share of their size, beside the divergence.
         held: share of the windows that only judge.
         reads: of a window while training lasts, if there is enough text.
-        every: steps between two evaluations.
+        every: steps between two evaluations, after each of which an interrupted training can go on.
         seed: of the order of windows.
     """
 
@@ -99,7 +103,7 @@ class Distill:
     hidden: float = 0.0
     held: float = 0.06
     reads: int = 3
-    every: int = 20
+    every: int = 40
     seed: int = 0
 
     @property
@@ -158,10 +162,9 @@ class Distill:
             loss = lesson.loss(descent.draw(batch))
             descent.descend(loss)
             if descent.step % self.every == 0 or descent.step == self.steps:
-                now = lesson.judge(held, batch)
-                descent.judged(now)
+                descent.judged(lesson.judge(held, batch))
                 descent.save()
-                seen(descent.step, self.steps, float(loss.detach()), now)
+            seen(descent.step, self.steps, float(loss.detach()), descent.now)
         descent.finish()
         return Tuned(
             weights={name: part.result() for name, part in parts.items()},
@@ -173,14 +176,19 @@ class Distill:
 
     def _groups(self, norms: list[Tensor], parts: "list[_Weight | LearnedWeight]") -> list[dict[str, Any]]:
         """What learns, and how fast."""
-        scales = [value for part in parts for value in part.linear.values()]
-        places = [part.places for part in parts if isinstance(part, LearnedWeight)]
-        sized: list[dict[str, Any]] = [
-            {"params": [value], "lr": rate * _size(value)}
-            for rate, values in ((self.norm_rate, norms), (self.scale_rate, scales))
-            for value in values
+        paces = [_pace(part.weight.format) for part in parts]
+        sized = [(value, self.norm_rate * max(paces, default=1.0)) for value in norms]
+        sized += [
+            (value, self.scale_rate * pace)
+            for part, pace in zip(parts, paces, strict=True)
+            for value in part.linear.values()
         ]
-        return [*sized, {"params": places, "lr": self.code_rate}]
+        places = [
+            {"params": [part.places], "lr": self.code_rate * pace}
+            for part, pace in zip(parts, paces, strict=True)
+            if isinstance(part, LearnedWeight)
+        ]
+        return [{"params": [value], "lr": rate * _size(value)} for value, rate in sized] + places
 
 
 class _Lesson:
@@ -383,6 +391,12 @@ def _attach(
         part = _Weight(weight, transposed)
     parametrize.register_parametrization(model.get_submodule(path), leaf, part, unsafe=True)
     return part
+
+
+def _pace(format: Format) -> float:
+    """Share of the learning rates at which weights of a format learn."""
+    levels = LEVELS if format.alphabet is None else len(format.alphabet)
+    return min(1.0, LEVELS / levels)
 
 
 def _size(value: Tensor) -> float:
