@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -339,3 +340,15 @@ def test_specs():
         distill_of("lora")
     with pytest.raises(UsageError, match="stepz"):
         distill_of("distill(stepz=7)")
+
+
+def test_the_page_on_plans_names_every_setting_with_its_default():
+    page = (Path(__file__).parents[2] / "docs/concepts/plan.md").read_text(encoding="utf-8")
+    table = [line.split("|")[1:3] for line in page.splitlines() if line.startswith("| `")]
+    named = {
+        name.strip(" `"): float(value)
+        for names, values in table
+        if values.strip()[:1].isdigit()
+        for name, value in zip(names.split(","), values.split(","), strict=True)
+    }
+    assert named == {field.name: field.default for field in dataclasses.fields(Distill)}
