@@ -45,7 +45,7 @@ def real_layer(model: Path, rows: int) -> tuple[torch.Tensor, Stats]:
     blocks.open(BLOCK)
     seen: list[torch.Tensor] = []
     for state in states:
-        blocks.watch(state, [NAME.removesuffix(".weight")], lambda _, x: seen.append(x), whole=False)
+        blocks.watch(state, [NAME.removesuffix(".weight")], lambda _, x, __: seen.append(x), whole=False)
     x = torch.cat(seen)
     hessian = x.T @ x / len(x)
     stats = Stats(

@@ -52,7 +52,7 @@ def test_shows_what_every_linear_reads(model_factory, name):
     assert {group for together in groups for group in together} == {linear.input_group for linear in linears}
     seen = {}
     flat = [group for together in groups for group in together]
-    whole = blocks.watch(hidden, flat, lambda group, x: seen.setdefault(group, []).append(x), whole=True)
+    whole = blocks.watch(hidden, flat, lambda group, x, _: seen.setdefault(group, []).append(x), whole=True)
     assert torch.equal(whole, blocks.run(hidden))
     counted = 0
     for linear in linears:
@@ -63,13 +63,52 @@ def test_shows_what_every_linear_reads(model_factory, name):
     for together in groups:
         alone = {}
 
-        def keep(group, x, alone=alone):
+        def keep(group, x, _, alone=alone):
             alone.setdefault(group, []).append(x)
 
         blocks.watch(hidden, together, keep, whole=False)
         for group in together:
             if group in seen:
                 assert torch.equal(torch.cat(alone[group]), torch.cat(seen[group]))
+
+
+def test_writers_are_those_that_add_to_the_stream_as_they_are(model_factory):
+    """Not where a norm stands between, and not where experts write too."""
+    found = {}
+    for name in ARCHITECTURES:
+        checkpoint = open_checkpoint(model_factory(name))
+        blocks = Blocks(checkpoint)
+        (hidden,) = blocks.begin(WINDOWS, 8)
+        linears = linears_by_block(checkpoint)[0]
+        blocks.open(0)
+        writers = [linear.input_group for linear in linears if linear.role in ("attention.o", "ffn.down")]
+        found[name] = blocks.writers(hidden, linears)
+        assert found[name] in ((), tuple(writers)), name
+        kept = [linear for linear in linears if linear.role != "attention.o"]
+        assert blocks.writers(hidden, kept) == ()  # the sum lacks a part
+    assert {name for name in found if not found[name]} == {"gemma3_text", "mixtral", "qwen3_moe"}
+
+
+def test_shows_the_stream_where_a_writer_adds_to_it(model_factory):
+    checkpoint = open_checkpoint(model_factory("llama"))
+    blocks = Blocks(checkpoint)
+    (hidden,) = blocks.begin(WINDOWS, 8)
+    linears = linears_by_block(checkpoint)[0]
+    blocks.open(0)
+    writers = blocks.writers(hidden, linears)
+    assert [path.rpartition(".")[2] for path in writers] == ["o_proj", "down_proj"]
+    seen, normed = {}, []
+    handle = blocks.layers[0].post_attention_layernorm.register_forward_pre_hook(
+        lambda _, args: normed.append(args[0].flatten(0, 1))
+    )
+    groups = [group for together in blocks.groups(linears) for group in together]
+    blocks.watch(
+        hidden, groups, lambda group, _, stream: seen.update({group: stream}), whole=True, writers=writers
+    )
+    handle.remove()
+    assert torch.equal(seen[writers[0]], hidden.flatten(0, 1))
+    assert torch.allclose(seen[writers[1]], normed[0], atol=1e-6)
+    assert all(seen[group] is None for group in groups if group not in writers)
 
 
 def test_putting_zeros_changes_the_output(model_factory):

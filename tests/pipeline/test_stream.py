@@ -93,6 +93,46 @@ def test_layers_read_what_quantized_layers_give(llama, tmp_path, stats_seen):
         assert torch.equal(stats.hessian, stats.cross) == (name in begun), name
 
 
+def test_layers_learn_what_the_stream_has_lost(model_factory, tmp_path, stats_seen, monkeypatch):
+    """Of what the down projection of the first block is added to: the attention output that was quantized before it."""
+    from poise.calibration.text import load_text
+    from poise.pipeline.blocks import Blocks
+
+    monkeypatch.setattr(stream, "ROUNDED", False)
+    llama, text = model_factory("llama"), load_text(None, "calibration")
+    file = tmp_path / "text.txt"
+    file.write_text(text.content, encoding="utf-8")
+    poise.quantize(llama, RECIPE, tmp_path / "out", to="compressed-tensors", calibration=file)
+    drifts = {name: stats.drift for name, stats in stats_seen.items()}
+    assert {name.split(".", 3)[3] for name, drift in drifts.items() if drift is not None} == {
+        "self_attn.o_proj.weight",
+        "mlp.down_proj.weight",
+    }
+    assert not drifts["model.layers.0.self_attn.o_proj.weight"].any()  # nothing was quantized yet
+    original, changed = open_checkpoint(llama), open_checkpoint(tmp_path / "out")
+    name, states = "model.layers.0.mlp.down_proj", {}
+    length = min(512, original.context)
+    count = stats_seen[f"{name}.weight"].n_tokens // length
+    windows = text.windows(original.tokenizer(), length, count)
+    for checkpoint in (original, changed):
+        blocks = Blocks(checkpoint)
+        (hidden,) = blocks.begin(windows, len(windows))
+        blocks.open(0)
+        layer = blocks.layers[0]
+        layer.mlp.down_proj.register_forward_pre_hook(
+            lambda _, args, to=states.setdefault(checkpoint, {}): to.update(x=args[0].flatten(0, 1))
+        )
+        layer.post_attention_layernorm.register_forward_pre_hook(
+            lambda _, args, to=states[checkpoint]: to.update(stream=args[0].flatten(0, 1))
+        )
+        blocks.run(hidden)
+    x = states[changed]["x"]
+    lost = states[original]["stream"] - states[changed]["stream"]
+    expected = lost.T @ x / len(x)
+    found = drifts[f"{name}.weight"]
+    assert float((found - expected).norm()) < 0.05 * float(expected.norm())
+
+
 def test_every_matrix_is_better_than_rounding_to_nearest(llama, tmp_path):
     poise.quantize(llama, RECIPE, tmp_path / "out", to="compressed-tensors")
     found = outcomes(tmp_path / "out")
@@ -180,8 +220,10 @@ def test_what_a_block_read_leaves_the_disk_with_the_block(llama, tmp_path, monke
             kept.append({path.name for path in inputs.iterdir()} if inputs.exists() else set())
 
     poise.quantize(llama, RECIPE, tmp_path / "out", to="compressed-tensors", progress=seen)
-    assert max(map(len, kept)) == 4  # the input groups of one block
-    assert kept[-1] <= {"model.layers.1.mlp.down_proj"}
+    assert (
+        max(map(len, kept)) == 4 + 2
+    )  # the input groups of one block, and the stream where two of them write
+    assert kept[-1] <= {"model.layers.1.mlp.down_proj", "model.layers.1.mlp.down_proj.stream"}
     assert all(len({name.split(".")[2] for name in names}) <= 1 for names in kept)
 
 

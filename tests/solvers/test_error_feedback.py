@@ -1,6 +1,7 @@
 """Error feedback and refinement: against recomputation from scratch, under every invariance, for every format."""
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -221,6 +222,21 @@ def test_the_correction_is_least_squares():
     assert torch.allclose(half, (weight + target) / 2, atol=1e-6)
 
 
+def test_the_correction_of_the_stream_is_least_squares():
+    """All of it: the target is the weight whose answer, added to the stream, comes nearest to the original's sum."""
+    original, before = inputs(48, 400), torch.randn(400, 16, generator=torch.Generator().manual_seed(5))
+    x = original + 0.2 * inputs(48, 400, seed=9)
+    stream = before + 0.3 * torch.tanh(x[:, :16]) + 0.1 * before.roll(1, 0)
+    weight = weight_of(16, 48)
+    stats = replace(stats_of(x, original), drift=(before - stream).T @ x / len(x))
+    target = build("solver", "gptaq(share=1.0, damp=0)").target(weight, format_of(INT3), stats)
+    wanted = (before + original @ weight.T - stream).double()
+    expected = torch.linalg.lstsq(x.double(), wanted).solution.T
+    assert float((target - expected).norm() / (target - weight).norm()) < 1e-3
+    half = build("solver", "gptaq(share=0.5, damp=0)").target(weight, format_of(INT3), stats)
+    assert torch.allclose(half, (weight + target) / 2, atol=1e-5)
+
+
 def test_without_drift_there_is_nothing_to_correct():
     weight, x = weight_of(), inputs()
     stats = stats_of(x, x)
@@ -319,5 +335,5 @@ def test_chains_have_specs():
 
     chain = build("solver", "gptaq(share=0.25) -> refine")
     assert spec_of(chain) == "gptaq(share=0.25) -> refine"
-    assert chain.wants == {"second_moment", "hessian", "cross"}
+    assert chain.wants == {"second_moment", "hessian", "cross", "drift"}
     assert build("solver", spec_of(chain)) == chain

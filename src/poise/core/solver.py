@@ -89,23 +89,21 @@ class Solver(ABC):
             raise FormatError(
                 f"{name}: {weight.shape[1]} columns, but statistics of {stats.second_moment.shape[0]} inputs"
             )
-        runs = 1 if stats is None or not format.tile_rows else stats.runs
         try:
-            if runs == 1:
-                return self._solve_run(weight, format, None if stats is None else stats.of_run(0), start)
-            edges = [len(weight) * run // runs for run in range(runs + 1)]
             parts = [
-                self._solve_run(
-                    weight[first:last],
-                    format,
-                    None if stats is None else stats.of_run(run),
-                    None if start is None else start[first:last],
-                )
-                for run, (first, last) in enumerate(pairwise(edges))
+                self._solve_run(weight[rows], format, known, None if start is None else start[rows])
+                for rows, known in _runs(len(weight), format, stats)
             ]
         except FormatError as error:
             raise FormatError(f"{name}: {error}") from error
-        return QTensor.stack(parts)
+        return parts[0] if len(parts) == 1 else QTensor.stack(parts)
+
+    def aim(self, weight: Tensor, format: Format, stats: Stats | None) -> Tensor:
+        """What ``solve`` wants codes to come near to, [rows, columns]: ``target``, run by run of rows."""
+        parts = [
+            self.target(weight[rows], format, known) for rows, known in _runs(len(weight), format, stats)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _solve_run(
         self, weight: Tensor, format: Format, stats: Stats | None, start: QTensor | None
@@ -144,6 +142,11 @@ class Chain(Solver):
     def wants(self) -> frozenset[str]:
         return frozenset().union(*(step.wants for step in self.steps))
 
+    def target(self, weight: Tensor, format: Format, stats: Stats | None) -> Tensor:
+        for step in self.steps:
+            weight = step.target(weight, format, stats)
+        return weight
+
     def solve_slab(
         self, weight: Tensor, format: Format, shared: Any, start: QTensor | None, noise: Tensor | None
     ) -> tuple[Tensor, Params]:
@@ -157,6 +160,15 @@ class Chain(Solver):
             start = step._attain(weight, format, stats, start)
         assert start is not None  # a chain has steps
         return start
+
+
+def _runs(rows: int, format: Format, stats: Stats | None) -> list[tuple[slice, Stats | None]]:
+    """Runs of rows, each with the statistics that are its own."""
+    if stats is None:
+        return [(slice(0, rows), None)]
+    runs = stats.runs if format.tile_rows else 1
+    edges = [rows * run // runs for run in range(runs + 1)]
+    return [(slice(*edge), stats.of_run(run)) for run, edge in enumerate(pairwise(edges))]
 
 
 def uniform_noise(seed: int, rows: slice, weight: Tensor) -> Tensor:

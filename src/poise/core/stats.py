@@ -23,6 +23,8 @@ class Stats:
         largest: largest |x_j|, [columns].
         cross: E[x' x^T], [columns, columns], x' the inputs in the original model where x comes from layers that are
             quantized already.
+        drift: E[(r' - r) x^T], [rows, columns], of a matrix whose output is added to the residual stream: r what the
+            stream holds before that, r' what it holds in the original model.
         notes: what is doubtful about them, for people.
     """
 
@@ -31,6 +33,7 @@ class Stats:
     data_hash: str
     hessian: Tensor | None = None
     cross: Tensor | None = None
+    drift: Tensor | None = None
     mean: Tensor | None = None
     largest: Tensor | None = None
     notes: tuple[str, ...] = ()
@@ -46,6 +49,8 @@ class Stats:
             value = getattr(self, name)
             if value is not None and tuple(value.shape[-2:]) != (n, n):
                 raise ValueError(f"{name} must be [{n}, {n}], got {list(value.shape)}")
+        if self.drift is not None and (self.drift.dim() != 2 or self.drift.shape[1] != n):
+            raise ValueError(f"drift must be [rows, {n}], got {list(self.drift.shape)}")
 
     def derive(self, key: Any, make: Callable[[], Any]) -> Any:
         """What follows from these statistics alone, made once: linears that read the same input share it."""

@@ -6,7 +6,7 @@ can be called alone. The embedding holds only the rows of tokens that occur.
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -20,8 +20,14 @@ from poise.core.checkpoint import Checkpoint
 from poise.core.errors import PoiseError
 from poise.core.linear import Linear
 
-Watch = Callable[[str, Tensor], None]
-"""Called with an input group and what it reads, [tokens, columns] float32."""
+Watch = Callable[[str, Tensor, Tensor | None], None]
+"""Called with an input group, what it reads, [tokens, columns] float32, and for a writer (``Blocks.writers``) what the
+residual stream holds where its output is added, [tokens, hidden]; None for others."""
+
+WRITERS = ("attention.o", "ffn.down")
+"""Roles of matrices whose outputs may be added to the residual stream as they are."""
+SAME = 1e-4
+"""Largest difference of two sums of the same terms, as a share of the largest value."""
 
 
 class _Reached(Exception):
@@ -179,20 +185,57 @@ class Blocks:
         return result
 
     @torch.no_grad()
-    def watch(self, hidden: Tensor, groups: Sequence[str], see: Watch, *, whole: bool) -> Tensor | None:
+    def run_linear(self, path: str, x: Tensor) -> Tensor:
+        """What a linear of the open block makes of what it reads, [tokens, columns]."""
+        with rounded_products() if self.rounded else nullcontext():
+            out: Tensor = self.model.get_submodule(path)(x)
+        return out
+
+    @torch.no_grad()
+    def writers(self, hidden: Tensor, linears: Sequence[Linear]) -> tuple[str, ...]:
+        """Paths of the linears whose outputs the open block adds to the residual stream.
+
+        None where that is not all that it does: where norms or factors come between, or experts write too.
+
+        Args:
+            hidden: any states, to see whether the sum comes out.
+        """
+        paths = [linear.input_group for linear in linears if linear.role in WRITERS]
+        paths = [path for path in paths if self.dense(path)]
+        stream = _Residual(hidden)
+        handles = stream.follow(self.model.get_submodule(path) for path in paths)
+        try:
+            out = self.run(hidden)
+        finally:
+            for handle in handles:
+                handle.remove()
+        apart = float((out - stream.state).abs().max())
+        return tuple(paths) if apart <= SAME * float(out.abs().max()) else ()
+
+    @torch.no_grad()
+    def watch(
+        self,
+        hidden: Tensor,
+        groups: Sequence[str],
+        see: Watch,
+        *,
+        whole: bool,
+        writers: Sequence[str] = (),
+    ) -> Tensor | None:
         """Runs the open block and shows what input groups read.
 
         Args:
             groups: names of input groups, in the order in which the block reaches them.
             whole: whether the output is wanted; if not, the run ends with the last group.
+            writers: groups for which the residual stream is shown too.
         """
         modules, experts = self._watched(groups)
-        handles = []
         last = None if whole or experts or not groups else groups[-1]
+        stream = _Residual(hidden)
+        handles = stream.follow(self.model.get_submodule(path) for path in writers)
         for path, module in modules.items():
-            handles.append(
-                module.register_forward_pre_hook(_shower(path, see, path == last), with_kwargs=True)
-            )
+            show = _shower(path, see, path == last, stream if path in writers else None)
+            handles.append(module.register_forward_pre_hook(show, with_kwargs=True))
         try:
             with _Experts(experts, see):
                 return self.run(hidden)
@@ -325,16 +368,31 @@ class _Experts(TorchFunctionMode):
                 if 0 <= offset < size * len(stack) and offset % size == 0:
                     expert, down = offset // size, "down" in name
                     flat = x.reshape(-1, x.shape[-1]).float()
-                    self.see(f"{path}.{expert}" + (".down" if down else ""), flat)
-                    self.see(f"{path}.{'down' if down else 'gate_up'}", flat)
+                    self.see(f"{path}.{expert}" + (".down" if down else ""), flat, None)
+                    self.see(f"{path}.{'down' if down else 'gate_up'}", flat, None)
         return func(*args, **(kwargs or {}))
 
 
-def _shower(path: str, see: Watch, last: bool) -> Any:
+class _Residual:
+    """What the residual stream holds while a block runs: what came in and what was written since."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.state = hidden
+
+    def follow(self, writers: Iterable[nn.Module]) -> list[Any]:
+        """Handles of the hooks that add what modules put out."""
+        return [module.register_forward_hook(self._add) for module in writers]
+
+    def _add(self, _: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+        self.state = self.state + out.view(self.state.shape)
+
+
+def _shower(path: str, see: Watch, last: bool, stream: _Residual | None) -> Any:
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         if x.numel():
-            see(path, x.reshape(-1, x.shape[-1]).float())
+            held = None if stream is None else stream.state.reshape(-1, stream.state.shape[-1])
+            see(path, x.reshape(-1, x.shape[-1]).float(), held)
         if last:
             raise _Reached
 

@@ -34,6 +34,8 @@ BESIDE = 2.0
 """Time of reading a block over that of its products alone: attention and what is done element by element."""
 BESIDE_TRAINING = 3.3
 """Likewise of a step of training, whose products are in bfloat16 where the processor can."""
+WRITING = 2
+"""Layers of a block that write to the residual stream, which is kept for each."""
 WRITE_RATE = 3e9
 """Bytes of weights and cache a second that writing text reads."""
 TRAINED = 12
@@ -166,6 +168,10 @@ def _stream_memory(
             need += sum(min(4 * tokens * columns, READ) for columns in groups.values())
             disk += sum(max(0, 4 * tokens * columns - READ) for columns in groups.values())
             need += n * n * (4 + 4 + 8 + 4)  # both moments; the factor in float64, and as it is kept
+            # The residual stream where layers write to it, its drift, and what the last of them reads.
+            kept = [states] * (WRITING + 1) + [4 * tokens * n]
+            need += sum(min(size, READ) for size in kept) + 4 * largest
+            disk += sum(max(0, size - READ) for size in kept)
         most, spilled = max(most, need), max(spilled, disk)
     return most + LIBRARIES, spilled
 

@@ -23,27 +23,34 @@ class Moments:
     Args:
         blocks: the model that reads.
         original: what dense groups read in the original, batch by batch; None for squares alone.
+        streams: what the residual stream held there where their outputs were added, of those that write to it.
         weighed: matrices that get products of their own, in which each token has a weight for each run of rows.
     """
 
     def __init__(
-        self, blocks: Blocks, original: dict[str, Spool] | None = None, weighed: Weighed | None = None
+        self,
+        blocks: Blocks,
+        original: dict[str, Spool] | None = None,
+        streams: dict[str, Spool] | None = None,
+        weighed: Weighed | None = None,
     ) -> None:
         self.blocks = blocks
         self.weighed = weighed or {}
         self.full = original is not None
         self.original = original or {}
+        self.streams = streams or {}
         self.count: dict[str, int] = {}
         self.batches: dict[str, int] = {}
         self.square: dict[str, Tensor] = {}
         self.hessian: dict[str, Tensor] = {}
-        self.cross: dict[str, Tensor] = {}
+        self.change: dict[str, Tensor] = {}
+        self.drift: dict[str, Tensor] = {}
         self.sum: dict[str, Tensor] = {}
         self.largest: dict[str, Tensor] = {}
         self.made: dict[str, Stats] = {}
 
-    def add(self, group: str, x: Tensor) -> None:
-        """Takes one batch of what a group reads, [tokens, columns]."""
+    def add(self, group: str, x: Tensor, stream: Tensor | None = None) -> None:
+        """Takes one batch of what a group reads, [tokens, columns], and what the stream holds where it writes."""
         batch = self.batches[group] = self.batches.get(group, -1) + 1
         seen = slice(self.count.get(group, 0), self.count.get(group, 0) + len(x))
         self.count[group] = self.count.get(group, 0) + len(x)
@@ -56,6 +63,8 @@ class Moments:
         before = self.original[group][batch] if group in self.original else None
         if group not in self.weighed:
             self._add_products(group, x, before)
+            if stream is not None and group in self.streams:
+                _add_product(self.drift, group, self.streams[group][batch] - stream, x)
             return
         for name, weights in self.weighed[group].items():
             for run in range(weights.shape[1]):
@@ -63,9 +72,10 @@ class Moments:
                 self._add_products(f"{name} {run}", x * root, None if before is None else before * root)
 
     def _add_products(self, key: str, x: Tensor, before: Tensor | None) -> None:
+        """The difference to the original is multiplied, not the original: it is small, and so is what rounding leaves of it."""
         _add_product(self.hessian, key, x, x)
         if before is not None:
-            _add_product(self.cross, key, before, x)
+            _add_product(self.change, key, before - x, x)
 
     def stats(self, linear: Linear, data_hash: str) -> Stats | None:
         """Of what a linear reads, to be asked when all was added; None if it read nothing.
@@ -89,14 +99,14 @@ class Moments:
         n, runs = self.count[group], self.weighed[group][linear.name].shape[1]
         keys = [f"{linear.name} {run}" for run in range(runs)]
         hessian = torch.stack([self.hessian.pop(key) for key in keys]).div_(n)
-        crosses = [self.cross.pop(key) for key in keys if key in self.cross]
+        changes = [self.change.pop(key) for key in keys if key in self.change]
         self._check(linear, hessian)
         return Stats(
             second_moment=hessian.diagonal(dim1=1, dim2=2).mean(0).clamp(min=0),
             n_tokens=n,
             data_hash=data_hash,
             hessian=hessian,
-            cross=torch.stack(crosses).div_(n) if crosses else None,
+            cross=torch.stack(changes).div_(n).add_(hessian) if changes else None,
         )
 
     def _make(self, linear: Linear, data_hash: str, pool: str | None) -> Stats:
@@ -114,12 +124,15 @@ class Moments:
         n = self.count[group]
         moment = (self.square.pop(group) / n).float()
         self._check(linear, moment)
+        hessian = self.hessian.pop(group).div_(n) if self.full else None
+        change = self.change.pop(group).div_(n) if group in self.change else None
         return Stats(
             second_moment=moment,
             n_tokens=n,
             data_hash=data_hash,
-            hessian=self.hessian.pop(group).div_(n) if self.full else None,
-            cross=self.cross.pop(group).div_(n) if group in self.cross else None,
+            hessian=hessian,
+            cross=None if change is None or hessian is None else change.add_(hessian),
+            drift=self.drift.pop(group).div_(n) if group in self.drift else None,
             mean=(self.sum.pop(group) / n).float(),
             largest=self.largest.pop(group),
             notes=tuple(notes),

@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -25,7 +26,7 @@ from poise.core.run import return_freed_memory
 from poise.core.slabs import map_slabs
 from poise.core.solver import Chain, Solver
 from poise.core.stats import Stats
-from poise.pipeline.blocks import Blocks
+from poise.pipeline.blocks import Blocks, Watch
 from poise.pipeline.gradients import squared_gradients
 from poise.pipeline.moments import Moments, Weighed
 from poise.pipeline.progress import Progress
@@ -36,8 +37,8 @@ BATCH_TOKENS = 2048
 """Tokens that a block reads at a time."""
 ROUNDED = True
 """Whether products of what a block reads may round their factors to bfloat16."""
-READ = 1 << 26
-"""Bytes of what one input group read in the original that stay in memory."""
+READ = 1 << 25
+"""Bytes of what one input group read that stay in memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +47,9 @@ class Outcome:
 
     Attributes:
         weight_error: |W - W'|^2 / |W|^2.
-        output_error: E|(W - W') x|^2 / E|W x|^2 under the statistics there were; NaN without any.
-        nearest: the same for rounding to nearest.
+        output_error: E|(V - W') x|^2 / E|V x|^2 under the statistics there were, V what the solver aimed at: W, and what
+            it adds to make up for layers before. NaN without statistics.
+        nearest: the same for V rounded to nearest.
         tokens: behind the statistics, 0 without any.
         warnings: what was mended or is doubtful.
     """
@@ -152,15 +154,16 @@ def solve_matrix(
         found = solver.solve(weight, format, stats, name=row.name)
     said += [str(item.message) for item in caught if issubclass(item.category, PoiseWarning)]
     seconds = time.perf_counter() - start
-    nearest = build("solver", "rtn").solve(weight, format, name=row.name) if stats is not None else None
+    aim = weight if stats is None else solver.aim(weight, format, stats)
+    nearest = None if stats is None else build("solver", "rtn").solve(aim, format, name=row.name)
     outcome = Outcome(
         name=row.name,
         format=str(row.format),
         solver=str(row.solver),
         seconds=round(seconds, 3),
         weight_error=relative_error(weight, found, None),
-        output_error=relative_error(weight, found, stats) if stats is not None else math.nan,
-        nearest=relative_error(weight, nearest, stats) if nearest is not None else math.nan,
+        output_error=relative_error(aim, found, stats) if stats is not None else math.nan,
+        nearest=relative_error(aim, nearest, stats) if nearest is not None else math.nan,
         tokens=stats.n_tokens if stats is not None else 0,
         warnings=tuple(dict.fromkeys(said)),
     )
@@ -202,7 +205,7 @@ class _Stream:
         folder = work.workspace.path / "stream"
         self.original = Spool(folder / "original")
         self.quantized = Spool(folder / "quantized")
-        self.inputs = folder / "inputs"
+        self.folder = folder
         self.gradients = self._gradients()
 
     def _gradients(self) -> dict[str, Tensor]:
@@ -258,28 +261,51 @@ class _Stream:
             for linear in linears:
                 self.work.solve(self.work.rows[linear.name], moments.stats(linear, self.calibration.hash))
             return
-        read = {
-            name: Spool(self.inputs / name, budget=READ)
-            for name in names
-            if self.crosses and self.blocks.dense(name)
-        }
+        before, last = _Reads(self.folder / "inputs"), _Reads(self.folder / "last")
+        writers: tuple[str, ...] = ()
         if self.crosses:
-            self._advance(list(read), lambda group, x: read[group].append(x))
+            whole = [linear for linear in self.work.linears.values() if linear.block == self.blocks.index]
+            writers = self.blocks.writers(self.original[0][:1], whole)
+            self._advance([name for name in names if self.blocks.dense(name)], before.keep, writers)
         for together in groups:
-            moments = Moments(self.blocks, read, self._weighed(linears, together))
-            if together in open_:
-                for hidden in self.quantized:
-                    self.blocks.watch(hidden, together, moments.add, whole=False)
+            moments = Moments(self.blocks, before.inputs, before.streams, self._weighed(linears, together))
+            sees: list[Watch] = [moments.add] if together in open_ else []
+            if together == groups[-1] and together == list(writers[-1:]):
+                sees.append(last.keep)
+            self._read(together, sees, writers)
             for linear in linears:
                 if linear.input_group in together:
                     row = self.work.rows[linear.name]
                     self.work.solve(row, moments.stats(linear, self.calibration.hash))
                     self.blocks.put(linear, self.work.workspace.load(row).decode())
-            for name in together:
-                if name in read:
-                    read.pop(name).close()
+            before.drop(together)
+        self._leave(last)
+
+    def _read(self, together: list[str], sees: Sequence[Watch], writers: Sequence[str]) -> None:
+        """The quantized stream through the open block, as far as some groups."""
+
+        def see(group: str, x: Tensor, stream: Tensor | None) -> None:
+            for each in sees:
+                each(group, x, stream)
+
+        if sees:
+            for hidden in self.quantized:
+                self.blocks.watch(hidden, together, see, whole=False, writers=writers)
+
+    def _leave(self, last: "_Reads") -> None:
+        """The quantized stream to the end of the open block.
+
+        Args:
+            last: what the last writer of the block reads and adds to, if that is all that comes then.
+        """
         for number, hidden in enumerate(self.quantized):
-            self.quantized[number] = self.blocks.run(hidden)
+            if last.inputs:
+                ((path, x),) = last.inputs.items()
+                after = last.streams[path][number] + self.blocks.run_linear(path, x[number])
+                self.quantized[number] = after.view(hidden.shape)
+            else:
+                self.quantized[number] = self.blocks.run(hidden)
+        last.drop(list(last.inputs))
 
     def _solve_head(self) -> None:
         """A head of its own reads what the final norm gives; a tied one is a table of embeddings too, and has none."""
@@ -298,9 +324,34 @@ class _Stream:
             for linear in linears
         )
 
-    def _advance(self, groups: list[str], see: Any) -> None:
+    def _advance(self, groups: list[str], see: Watch, writers: Sequence[str] = ()) -> None:
         """The original stream through the open block."""
         for number, hidden in enumerate(self.original):
-            after = self.blocks.watch(hidden, groups, see, whole=True)
+            after = self.blocks.watch(hidden, groups, see, whole=True, writers=writers)
             assert after is not None  # the whole block ran
             self.original[number] = after
+
+
+class _Reads:
+    """What input groups read, batch by batch, and what the residual stream holds where they write to it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.inputs: dict[str, Spool] = {}
+        self.streams: dict[str, Spool] = {}
+
+    def keep(self, group: str, x: Tensor, stream: Tensor | None) -> None:
+        """Takes a batch; see ``Watch``."""
+        self._spool(self.inputs, group, self.folder / group).append(x)
+        if stream is not None:
+            self._spool(self.streams, group, self.folder / f"{group}.stream").append(stream)
+
+    def _spool(self, spools: dict[str, Spool], group: str, folder: Path) -> Spool:
+        return spools.setdefault(group, Spool(folder, budget=READ))
+
+    def drop(self, groups: Sequence[str]) -> None:
+        """Frees what some groups read."""
+        for spools in (self.inputs, self.streams):
+            for group in groups:
+                if group in spools:
+                    spools.pop(group).close()
