@@ -220,9 +220,8 @@ def test_what_a_block_read_leaves_the_disk_with_the_block(llama, tmp_path, monke
             kept.append({path.name for path in inputs.iterdir()} if inputs.exists() else set())
 
     poise.quantize(llama, RECIPE, tmp_path / "out", to="compressed-tensors", progress=seen)
-    assert (
-        max(map(len, kept)) == 4 + 2
-    )  # the input groups of one block, and the stream where two of them write
+    # The input groups of one block, and the stream where two of them write.
+    assert max(map(len, kept)) == 4 + 2
     assert kept[-1] <= {"model.layers.1.mlp.down_proj", "model.layers.1.mlp.down_proj.stream"}
     assert all(len({name.split(".")[2] for name in names}) <= 1 for names in kept)
 
