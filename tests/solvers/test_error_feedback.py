@@ -13,6 +13,7 @@ from poise.core.registry import build, names
 from poise.core.stats import Stats
 from poise.planning.grid import EXAMPLES
 from poise.solvers._hessian import factorize
+from poise.solvers._sweep import NEAR
 from poise.solvers.gptq import Gptq
 
 LEFT_OUT = ("trellis", "binary-lowrank", "float(dtype='float32')")
@@ -97,8 +98,7 @@ def by_recomputation(weight, format, params, hessian, width):
 def test_equals_recomputing_the_inverse_at_every_step(spec):
     weight, stats, format = weight_of(8), stats_of(inputs()), format_of(spec)
     found = solve("gptq(act_order=False)", weight, spec, stats)
-    wide = stats.hessian.double()
-    wide += 0.01 * wide.diagonal().mean() * torch.eye(COLUMNS)
+    wide = damped_double(stats.hessian)
     expected = by_recomputation(weight, format, found.params, wide, format.width)
     decoded = format.decode(expected, found.params)
     assert (
@@ -109,11 +109,63 @@ def test_equals_recomputing_the_inverse_at_every_step(spec):
     )
 
 
+def left_over(hessian, width):
+    """What an error of each column costs after all columns behind its unit have made up for it, by inverting what is left of
+    the Hessian at every step."""
+    costs = []
+    for first in range(0, len(hessian), width):
+        inverse = torch.linalg.inv(hessian[first:, first:])
+        costs.append(torch.linalg.inv(inverse[:width, :width]).diagonal())
+    return torch.cat(costs)
+
+
+def damped_double(hessian, damp=0.01):
+    wide = hessian.double()
+    return wide + damp * wide.diagonal().mean() * torch.eye(len(wide))
+
+
+@pytest.mark.parametrize("spec", [INT3, "e8"])
+def test_parameters_are_fitted_between_what_errors_cost_before_and_after_feedback(spec):
+    """Under the geometric mean of the two; with errors as they are alone, as in a plain search, much more is lost."""
+    weight, stats, format = weight_of(), stats_of(inputs()), format_of(spec)
+    found = solve("gptq(act_order=False)", weight, spec, stats)
+    wide = damped_double(stats.hessian)
+    between = (stats.second_moment.double() * left_over(wide, format.width)).sqrt().float()
+    expected = format.fit(weight, between)
+    for key, value in found.params.items():
+        assert torch.isclose(value.float(), expected[key].float(), rtol=2e-3).float().mean() > 0.98
+    alone = format.fit(weight, stats.second_moment)
+    codes = by_recomputation(weight, format, alone, wide, format.width)
+    assert loss(weight, found, stats.hessian) < 0.99 * loss(
+        weight, QTensor(codes=codes, params=alone, format=format), stats.hessian
+    )
+
+
+@pytest.mark.parametrize("spec", [INT3, "e8"])
+def test_twice_fits_to_what_columns_were_rounded_from(spec):
+    """Its parameters are those that the sum of weights and feedback asks for; feedback by recomputation."""
+    weight, stats, format = weight_of(), stats_of(inputs()), format_of(spec)
+    wide, width = damped_double(stats.hessian), format.width
+    once = solve("gptq(act_order=False)", weight, spec, stats)
+    twice = solve("gptq(act_order=False, groups='twice')", weight, spec, stats)
+    lost, rounded_from = weight.double() - once.decode().double(), torch.empty(weight.shape)
+    for first in range(0, COLUMNS, width):
+        # Where the columns of a unit and after it are best when those before have lost what they have.
+        rest = wide[first:, first:]
+        shift = torch.linalg.solve(rest, wide[first:, :first] @ lost[:, :first].T).T
+        rounded_from[:, first : first + width] = (weight[:, first : first + width] + shift[:, :width]).float()
+    between = (stats.second_moment.double() * left_over(wide, width)).sqrt().float()
+    expected = format.fit(rounded_from, between)
+    for key, value in twice.params.items():
+        assert torch.isclose(value.float(), expected[key].float(), rtol=2e-3).float().mean() > 0.98
+    assert any(not torch.equal(twice.params[key], once.params[key]) for key in once.params)
+
+
 @pytest.mark.parametrize("n", [1, 24, 701])
 def test_the_factor_is_that_of_the_damped_hessian(n):
     hessian = stats_of(inputs(n)).hessian
     factor = factorize(hessian, damp=0.01)
-    wide = hessian.double() + 0.01 * hessian.double().diagonal().mean() * torch.eye(n)
+    wide = damped_double(hessian)
     inverse = torch.linalg.inv(factor.upper.double())
     assert torch.allclose(
         inverse @ wide[factor.order][:, factor.order] @ inverse.T, torch.eye(n).double(), atol=1e-5
@@ -129,7 +181,8 @@ def test_units_of_the_factor_stay_together():
 
 
 @pytest.mark.parametrize(
-    "solver", ["gptq", "gptaq", "gptq -> refine", "gptq(act_order=False, groups='refit')"]
+    "solver",
+    ["gptq", "gptaq", "gptq -> refine", "gptq(groups='twice')", "gptq(act_order=False, groups='refit')"],
 )
 def test_codes_do_not_depend_on_how_the_work_is_cut(solver, monkeypatch):
     weight, x = weight_of(150), inputs()
@@ -206,6 +259,53 @@ def test_refining_is_exact_where_the_best_is_known():
         ours.append(loss(weight[row : row + 1], found[row : row + 1], stats.hessian))
     assert sum(mine <= least * 1.0001 for mine, least in zip(ours, best, strict=True)) > 50
     assert sum(ours) < 1.1 * sum(best)
+
+
+def test_two_codes_move_where_one_alone_would_gain_nothing():
+    """Of two inputs that correlate, weights 0.6 and -0.6 from their codes: either move alone raises the objective."""
+    hessian = torch.eye(16)
+    hessian[0, 1] = hessian[1, 0] = 0.4
+    stats = Stats(second_moment=torch.ones(16), hessian=hessian, n_tokens=16, data_hash="")
+    format = format_of("int(bits=3, group=16, symmetric=False)")
+    codes, params = (
+        torch.full((3, 16), 3, dtype=torch.uint8),
+        format.cover(torch.linspace(-3, 4, 16).expand(3, 16)),
+    )
+    start = QTensor(codes=codes, params=params, format=format)
+    weight = start.decode()
+    weight[0, :2] += torch.tensor([0.6, -0.6])
+    weight[1, :2] += torch.tensor([0.6, 0.6])  # here one alone gains most, and then the other nothing
+    weight[2, :2] += torch.tensor([0.5, -0.2])  # and here no move gains
+    found = build("solver", "refine(damp=0, scales=False)").solve(weight, format, stats, start=start)
+    moved = torch.sign(found.decode() - start.decode())[:, :2]
+    assert torch.equal(moved, torch.tensor([[1.0, -1.0], [1.0, 0.0], [0.0, 0.0]]))
+
+
+def test_no_pair_of_cheap_moves_is_left():
+    """Of all pairs of moves by a level that each cost less than the bound, none gains, whatever their signs."""
+    weight, stats, format = weight_of(8, 64), stats_of(inputs(64, 256)), format_of("int(bits=3, group=32)")
+    found = build("solver", "gptq -> refine(damp=0, scales=False, passes=100)").solve(weight, format, stats)
+    hessian, values = stats.hessian.double(), found.decode().double()
+    levels = format.ladder(found.params, 8, 64).double().sort(-1).values
+    slope = (weight.double() - values) @ hessian
+    tried = 0
+    for row in range(8):
+        moves = []
+        for column in range(64):
+            ladder = levels[row, column // 32]
+            place = int((ladder - values[row, column]).abs().argmin()) + (1 if slope[row, column] > 0 else -1)
+            if 0 <= place < len(ladder):
+                move = ladder[place] - values[row, column]
+                stiff = move**2 * hessian[column, column]
+                cost = stiff - 2 * move * slope[row, column]
+                assert cost > -1e-4 * stiff  # one alone gains nothing
+                if cost < 0.99 * NEAR * stiff:
+                    moves.append((column, move, cost, stiff))
+        for index, (i, move, cost, stiff) in enumerate(moves):
+            for j, other, more, _ in moves[index + 1 :]:
+                tried += 1
+                assert cost + more + 2 * move * other * hessian[i, j] > -1e-3 * stiff
+    assert tried > 100
 
 
 def test_the_correction_is_least_squares():

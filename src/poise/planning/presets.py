@@ -33,13 +33,13 @@ class Preset:
 PRESETS = {
     "fast": Preset(solver="search", tokens=0, tune=None, cost="seconds, no text of yours"),
     "balanced": Preset(
-        solver="gptaq(damp=0.2) -> refine(damp=0.2)",
+        solver="gptaq(groups='twice', damp=0.2) -> refine(damp=0.2)",
         tokens=32768,
         tune=None,
         cost="minutes for a model of 100 million weights; memory of one block",
     ),
     "best": Preset(
-        solver="gptaq(damp=0.2) -> refine(damp=0.2)",
+        solver="gptaq(groups='twice', damp=0.2) -> refine(damp=0.2)",
         tokens=131072,
         tune="distill(steps=520, code_rate=0.004, hidden=5.0, reads=5)",
         cost="up to hours for a model of 100 million weights; memory of the whole model",

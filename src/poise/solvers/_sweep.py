@@ -9,12 +9,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from poise.kernels import fast, inlined
+from poise.kernels import fast, finite, inlined
 
 ROWS = 64
 """Rows that are swept side by side: a panel of them stays in the first-level cache."""
 FEW = 32
 """Levels up to which comparing with all of them is faster than a binary search, which does not vectorise."""
+NEAR = np.float32(0.4)
+"""What a move of one code may cost, as a share of d^2 H_ii, to be tried together with another: few that cost more gain."""
+SURE = np.float32(1e-6)
+"""Gain of two moves, as a share of d^2 H_ii, that rounding leaves no doubt about."""
+FAR = np.float32(1e30)
+"""A cost that nothing makes up for."""
 
 Floats = NDArray[np.float32]
 Ints = NDArray[Any]
@@ -122,3 +128,67 @@ def descend(
                     slope[i] -= delta * line[i]
             if not moved:
                 break
+
+
+@finite
+def pair(
+    value: Floats, gradient: Floats, hessian: Floats, ladders: Floats, group: Ints, index: Ints, passes: int
+) -> None:
+    """Moves codes two at a time, by a level each towards where the gradient points, until no two gain.
+
+    A move of d changes the objective of a row by c = d^2 H_ii - 2 d (e H)_i, two by c_i + c_j + 2 d_i d_j H_ij. Where
+    ``descend`` has ended no c is below zero, and the sum still may be.
+
+    Args: as those of ``descend``.
+    """
+    rows, n = value.shape
+    where, moves, costs = np.empty(n, np.int32), np.empty(n, np.float32), np.empty(n, np.float32)
+    for r in range(rows):
+        slope, ladder = gradient[r], ladders[r]
+        for _ in range(passes):
+            moved = False
+            count = _cheap(value[r], slope, hessian, ladder, group, index[r], where, moves, costs)  # type: ignore[no-untyped-call]
+            for a in range(count - 1):
+                line, twice = hessian[where[a]], 2 * moves[a]
+                wanted = -SURE * moves[a] * moves[a] * line[where[a]] - costs[a]
+                least = np.float32(0)
+                for b in range(a + 1, count):
+                    least = min(least, costs[b] + twice * moves[b] * line[where[b]])
+                if least >= wanted:
+                    continue
+                least, partner = wanted, -1
+                for b in range(a + 1, count):
+                    change = costs[b] + twice * moves[b] * line[where[b]]
+                    if change < least:
+                        least, partner = change, b
+                if partner < 0:
+                    continue
+                moved = True
+                for chosen in (a, partner):
+                    i, move = where[chosen], moves[chosen]
+                    k = np.int64(index[r, i]) + (1 if move > 0 else -1)
+                    index[r, i], value[r, i] = k, ladder[group[i], k]
+                    across = hessian[i]
+                    for j in range(n):
+                        slope[j] -= move * across[j]
+                    for b in range(a + 1, count):
+                        costs[b] += 2 * move * moves[b] * across[where[b]]
+                costs[partner] = FAR  # it has moved; in this pass not again
+            if not moved:
+                break
+
+
+@inlined
+def _cheap(value, slope, hessian, ladder, group, index, where, moves, costs):  # type: ignore[no-untyped-def]
+    """How many columns can move towards their gradient for less than ``NEAR``; which, by how much, and what each costs."""
+    count, top = 0, ladder.shape[1] - 1
+    for i in range(len(value)):
+        k = np.int64(index[i]) + (1 if slope[i] > 0 else -1)
+        if 0 <= k <= top:
+            move = ladder[group[i], k] - value[i]
+            stiff = move * move * hessian[i, i]
+            cost = stiff - 2 * move * slope[i]
+            if cost < NEAR * stiff:
+                where[count], moves[count], costs[count] = i, move, cost
+                count += 1
+    return count

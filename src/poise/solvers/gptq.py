@@ -16,7 +16,7 @@ from poise.solvers._hessian import Factor, damped, factorize
 from poise.solvers._sweep import sweep
 
 Shared = tuple[Tensor | None, Factor | Tensor | None]
-"""Importance of columns, and the factor of the Hessian; the Hessian itself for formats that round whole rows."""
+"""Importance of columns for their parameters, and the factor of the Hessian; the Hessian itself for formats that round whole rows."""
 STEPS = 3
 """Of descent for formats that round whole rows; ``refine`` goes on from there."""
 
@@ -31,15 +31,17 @@ class Gptq(Solver):
     together divide by the block R_BB, the block LDLQ of QuIP# (Tseng et al. 2024, arXiv 2402.04396, section 4.1), with
     the diagonal of R_BB R_BB^T, the metric of the block by then, as the importance.
 
-    Deviations from GPTQ: parameters are fitted before the sweep, weighed by the second moments, so that the order of
-    the columns is free for every group; the factor is computed in float64; dead columns keep their weight.
+    Deviations from GPTQ: parameters are fitted before the sweep, so that the order of the columns is free for every group;
+    the factor is computed in float64; dead columns keep their weight. An error of column j costs H_jj if nothing makes up
+    for it, and R_jj^2 after the columns that follow have: parameters are fitted under the geometric mean of the two.
 
     Without a Hessian this is ``search``.
 
     Attributes:
         act_order: whether columns of large inputs come first.
-        groups: ``static``: parameters are fitted to the original weight; ``refit``: to what the sweep has made of it
-            when it comes to a group, which keeps columns in their order.
+        groups: ``static``: parameters are fitted to the original weight; ``twice``: then again to what the sweep has made of
+            it, and a second sweep follows; ``refit``: to what the sweep has made of it when it comes to a group, which keeps
+            columns in their order.
         damp: added to the diagonal of H, as a share of its mean.
         panel: columns between two updates of all that follow; codes do not depend on it but for rounding errors.
     """
@@ -54,8 +56,8 @@ class Gptq(Solver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.groups not in ("static", "refit"):
-            raise UsageError(f'groups is "static" or "refit", got {self.groups!r}')
+        if self.groups not in ("static", "twice", "refit"):
+            raise UsageError(f'groups is "static", "twice" or "refit", got {self.groups!r}')
         if self.groups == "refit" and self.act_order:
             raise UsageError('groups="refit" goes through columns in their order: set act_order=False')
         if not 0 <= self.damp <= 1 or self.panel < 1:
@@ -69,7 +71,9 @@ class Gptq(Solver):
             return moment, None
         if format.width == 0:
             return moment, damped(stats.hessian.float(), self.damp)
-        return moment, self.factor(format, stats)
+        factor = self.factor(format, stats)
+        importance = (moment * _pivots(factor, format.width)).sqrt()
+        return importance / importance.max().clamp(min=1e-30), factor
 
     def factor(self, format: Format, stats: Stats) -> Factor:
         """Of the Hessian, made once for all weights that read the same input."""
@@ -94,14 +98,25 @@ class Gptq(Solver):
             return format.round(weight, params, importance, noise), params
         if isinstance(factor, Tensor):
             return format.descend(weight, format.round(weight, params, importance), params, factor, STEPS)
+        codes = self._fed_back(weight, format, params, factor, noise)
+        if self.groups == "twice":
+            lost = weight - format.decode(codes, params)
+            params = format.fit(weight + _carried_in(lost, factor, format.width), importance)
+            codes = self._fed_back(weight, format, params, factor, noise)
+        return codes, params
+
+    def _fed_back(
+        self, weight: Tensor, format: Format, params: Params, factor: Factor, noise: Tensor | None
+    ) -> Tensor:
+        """Codes of columns in the order of the factor."""
         ladders = ladders_of(format, params, *weight.shape) if noise is None else None
         if ladders is None:
-            return feed_back(weight, format, params, factor, noise), params
+            return feed_back(weight, format, params, factor, noise)
         work = weight[:, factor.order].contiguous()
         index = self._sweep(work, ladders._replace(group=ladders.group[factor.order]), factor, 0)
         back = torch.empty_like(index)
         back[:, factor.order] = index
-        return ladders.decode(back), params
+        return ladders.decode(back)
 
     def _sweep(self, work: Tensor, ladders: Ladders, factor: Factor, start: int) -> Tensor:
         """Positions in the ladders of the columns from ``start`` on.
@@ -178,6 +193,34 @@ def _carried(work: Tensor, factor: Factor, unit: slice) -> Tensor:
 def _target(work: Tensor, factor: Factor, unit: slice) -> Tensor:
     """What a unit is rounded from: its weights and what makes up best for those before, [rows, width]."""
     return work[:, unit] + over(_carried(work, factor, unit), factor.upper[unit, unit])
+
+
+def _blocks(factor: Factor, width: int) -> Tensor:
+    """R_BB of every unit B, [units, width, width]."""
+    starts = range(0, len(factor.order), width)
+    return torch.stack([factor.upper[start : start + width, start : start + width] for start in starts])
+
+
+def _pivots(factor: Factor, width: int) -> Tensor:
+    """What an error of each column costs when all after its unit make up for it, [n]: the diagonal of R_BB R_BB^T."""
+    found = torch.empty(len(factor.order))
+    found[factor.order] = _blocks(factor, width).square().sum(2).flatten()
+    return found
+
+
+def _carried_in(lost: Tensor, factor: Factor, width: int) -> Tensor:
+    """What was added to every column before it was rounded: (E R)_B R_BB^-1 for the columns before each unit B.
+
+    Args:
+        lost: E [rows, n], what each column lost.
+    """
+    inner = lost[:, factor.order]
+    units = (len(lost), -1, width)
+    carried = (inner @ factor.upper).reshape(units).transpose(0, 1)
+    made_up = over(carried, _blocks(factor, width)).transpose(0, 1).flatten(1)
+    found = torch.empty_like(lost)
+    found[:, factor.order] = made_up - inner
+    return found
 
 
 def over(x: Tensor, upper: Tensor) -> Tensor:

@@ -11,17 +11,18 @@ from poise.core.solver import Solver
 from poise.core.stats import Stats
 from poise.kernels.ladders import ladders_of
 from poise.solvers._hessian import damped
-from poise.solvers._sweep import descend
+from poise.solvers._sweep import descend, pair
 
 
 @dataclass(frozen=True, kw_only=True)
 class Refine(Solver):
     """Lowers tr (W - W') H (W - W')^T from given codes; it never rises.
 
-    Two steps alternate. Codes: each in turn to the level that is best when all others stay (for scalar formats; units
-    of several columns to the point nearest to where the gradient vanishes, if that is better). Parameters in which
-    decoding is linear: each to its least-squares value when all else stays, as it can be stored, if that is better.
-    (The cyclic coordinate descent of LNQ in GuidedQuant, Kim et al. 2025, arXiv 2505.07004, for any format.)
+    Two steps alternate. Codes: each in turn to the level that is best when all others stay, then two at a time where one
+    alone would gain nothing (for scalar formats; units of several columns to the point nearest to where the gradient
+    vanishes, if that is better). Parameters in which decoding is linear: each to its least-squares value when all else
+    stays, as it can be stored, if that is better. (The cyclic coordinate descent of LNQ in GuidedQuant, Kim et al. 2025,
+    arXiv 2505.07004, for any format; it moves no two codes together.)
 
     Without codes to begin from it begins with ``search``; without a Hessian it changes nothing.
 
@@ -83,15 +84,16 @@ def descend_codes(
     if ladders is None:
         return _descend_units(format, codes, params, gradient, hessian, passes)
     value, index = format.decode(codes, params).contiguous(), ladders.index_of(codes)
-    descend(
-        value.numpy(),
-        gradient.numpy(),
-        hessian.numpy(),
-        ladders.values.numpy(),
-        ladders.group.numpy(),
-        index.numpy(),
-        passes,
-    )
+    for move in (descend, pair):
+        move(
+            value.numpy(),
+            gradient.numpy(),
+            hessian.numpy(),
+            ladders.values.numpy(),
+            ladders.group.numpy(),
+            index.numpy(),
+            passes,
+        )
     return ladders.decode(index)
 
 
