@@ -6,6 +6,7 @@ from torch import Tensor
 from poise.core.checkpoint import Checkpoint
 from poise.core.errors import FormatError, PoiseError
 from poise.core.linear import Linear
+from poise.core.squares import add_square, mirror
 from poise.core.stats import Stats
 from poise.pipeline.blocks import Blocks
 from poise.pipeline.spool import Spool
@@ -73,7 +74,9 @@ class Moments:
 
     def _add_products(self, key: str, x: Tensor, before: Tensor | None) -> None:
         """The difference to the original is multiplied, not the original: it is small, and so is what rounding leaves of it."""
-        _add_product(self.hessian, key, x, x)
+        if key not in self.hessian:
+            self.hessian[key] = torch.zeros(x.shape[1], x.shape[1])
+        add_square(self.hessian[key], x)
         if before is not None:
             _add_product(self.change, key, before - x, x)
 
@@ -98,7 +101,7 @@ class Moments:
         group = linear.input_group
         n, runs = self.count[group], self.weighed[group][linear.name].shape[1]
         keys = [f"{linear.name} {run}" for run in range(runs)]
-        hessian = torch.stack([self.hessian.pop(key) for key in keys]).div_(n)
+        hessian = torch.stack([mirror(self.hessian.pop(key)) for key in keys]).div_(n)
         changes = [self.change.pop(key) for key in keys if key in self.change]
         self._check(linear, hessian)
         return Stats(
@@ -124,7 +127,7 @@ class Moments:
         n = self.count[group]
         moment = (self.square.pop(group) / n).float()
         self._check(linear, moment)
-        hessian = self.hessian.pop(group).div_(n) if self.full else None
+        hessian = mirror(self.hessian.pop(group)).div_(n) if self.full else None
         change = self.change.pop(group).div_(n) if group in self.change else None
         return Stats(
             second_moment=moment,

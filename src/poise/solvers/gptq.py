@@ -197,8 +197,8 @@ def _target(work: Tensor, factor: Factor, unit: slice) -> Tensor:
 
 def _blocks(factor: Factor, width: int) -> Tensor:
     """R_BB of every unit B, [units, width, width]."""
-    starts = range(0, len(factor.order), width)
-    return torch.stack([factor.upper[start : start + width, start : start + width] for start in starts])
+    units = len(factor.order) // width
+    return factor.upper.view(units, width, units, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
 
 
 def _pivots(factor: Factor, width: int) -> Tensor:

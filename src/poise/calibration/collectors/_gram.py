@@ -12,12 +12,13 @@ from copy import deepcopy
 import torch
 from torch import Tensor
 
+from poise.core.squares import add_square, mirror
+
 CHUNK = 2048
 """Tokens of one product. 500 tokens are enough for its speed; more make fewer roundings and wait in memory."""
 
 BLOCK = 512
-"""Columns of a strip. Products are computed apart and added by strips: added up where the sum is (``addmm_``), small ones
-take one rounding a token, and a million tokens lose 1e-4."""
+"""Columns of a product that are added at a time; see ``add_square``."""
 
 
 class Chunks:
@@ -64,8 +65,7 @@ class Gram:
 
     def add(self, x: Tensor) -> None:
         """A chunk, [tokens, columns] float32."""
-        for start in range(0, len(self.sum), BLOCK):
-            self.sum[start:, start : start + BLOCK] += x[:, start:].T @ x[:, start : start + BLOCK]
+        add_square(self.sum, x)
 
     def plus(self, chunks: Iterator[Tensor]) -> "Gram":
         """A copy with some chunks more."""
@@ -76,9 +76,5 @@ class Gram:
 
     def mean(self, weight: float) -> Tensor:
         """The sum over ``weight``, exactly symmetric; the sum itself is used up."""
-        for start in range(0, len(self.sum), BLOCK):  # by strips: no second matrix
-            stop = start + BLOCK
-            self.sum[start:stop, stop:] = self.sum[stop:, start:stop].T
-            corner = self.sum[start:stop, start:stop].tril()
-            self.sum[start:stop, start:stop] = corner + corner.tril(-1).T
+        mirror(self.sum)
         return self.sum.div_(weight) if weight else self.sum
