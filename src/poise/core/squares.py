@@ -5,7 +5,7 @@ from torch import Tensor
 STRIP = 512
 """Columns of a strip at most, so that what is added at a time is small beside the sum."""
 STRIPS = 4
-"""At least so many strips: three eighths of the products are then saved."""
+"""At least so many strips, where columns are enough for them: three eighths of the products are then saved."""
 NARROW = 128
 """Columns of a strip at least: products of fewer are slow."""
 
