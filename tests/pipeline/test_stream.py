@@ -10,7 +10,7 @@ from test_quantize import contents
 import poise
 from poise.checkpoints import open_checkpoint
 from poise.core.solver import Solver
-from poise.pipeline import stream
+from poise.pipeline import passes, stream
 from poise.pipeline.moments import Moments
 from poise.pipeline.spool import Spool
 from poise.planning.presets import preset_recipe
@@ -212,7 +212,7 @@ def test_presets_shrink_every_architecture(model_factory, tmp_path):
 
 def test_what_a_block_read_leaves_the_disk_with_the_block(llama, tmp_path, monkeypatch):
     """Nothing in memory: all inputs are spilled, and those of layers that are done are gone again."""
-    monkeypatch.setattr(stream, "READ", 0)
+    monkeypatch.setattr(passes, "READ", 0)
     kept, inputs = [], tmp_path / "out.partial" / "stream" / "inputs"
 
     def seen(stage, done, total):

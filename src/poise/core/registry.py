@@ -12,8 +12,9 @@ import importlib
 import inspect
 import pkgutil
 import re
-from collections.abc import Iterator
+from functools import cache
 from importlib.metadata import entry_points
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -43,10 +44,17 @@ def _base(kind: str) -> type:
     return base
 
 
-def _files(kind: str) -> Iterator[str]:
-    for module in pkgutil.iter_modules(_package(kind).__path__):
-        if not module.name.startswith("_"):
-            yield _key(module.name)
+def _files(kind: str) -> frozenset[str]:
+    """Names that the files of a kind's package give."""
+    folders = tuple(_package(kind).__path__)
+    return _names_in(folders, tuple(Path(folder).stat().st_mtime_ns for folder in folders))
+
+
+@cache
+def _names_in(folders: tuple[str, ...], changed: tuple[int, ...]) -> frozenset[str]:
+    """Looked up once until a folder changes: every matrix asks for its solver and its format."""
+    modules = pkgutil.iter_modules(folders)
+    return frozenset(_key(module.name) for module in modules if not module.name.startswith("_"))
 
 
 def _key(name: str) -> str:

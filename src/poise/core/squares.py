@@ -1,4 +1,4 @@
-"""Sums of x^T x, of which only what stands on and below the diagonal is computed."""
+"""Squares whose factors are symmetric: only what stands on and below the diagonal is computed."""
 
 from torch import Tensor
 
@@ -32,6 +32,22 @@ def mirror(total: Tensor) -> Tensor:
         corner = total[run, run].tril()
         total[run, run] = corner + corner.tril(-1).T
     return total
+
+
+def energy(rows: Tensor, hessian: Tensor) -> float:
+    """tr E H E^T, from what stands on and below the diagonal of a symmetric H.
+
+    Args:
+        rows: E [rows, columns] float32.
+        hessian: H [columns, columns] float32.
+    """
+    found = 0.0
+    for run in _strips(len(hessian)):
+        strip, below = rows[:, run], slice(run.stop, None)
+        found += float(((strip @ hessian[run, run]) * strip).sum())
+        if run.stop < len(hessian):
+            found += 2 * float(((rows[:, below] @ hessian[below, run]) * strip).sum())
+    return found
 
 
 def _strips(columns: int) -> list[slice]:

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from poise.core.format import Format, Params
-from poise.kernels.places import collect, lean, locate
+from poise.kernels.places import collect, lean, locate, pick
 
 INSIDE = 0.49
 """How far from a level a place may be that rounds to it, so that float32 leaves no doubt."""
@@ -29,9 +29,9 @@ class Ladders(NamedTuple):
 
     def decode(self, index: Tensor) -> Tensor:
         """Codes at positions, [rows, columns]."""
-        rows, columns = index.shape
-        line = self.group.long().expand(rows, columns)
-        return self.codes[torch.arange(rows).unsqueeze(1), line, index.long()]
+        found = torch.empty(index.shape, dtype=self.codes.dtype)
+        pick(index.to(torch.uint8).numpy(), self.codes.numpy(), self.group.numpy(), found.numpy())
+        return found
 
     def index_of(self, codes: Tensor) -> Tensor:
         """Inverse of ``decode``, uint8; of equal codes the first."""
@@ -49,9 +49,12 @@ def ladders_of(format: Format, params: Params, rows: int, columns: int) -> Ladde
     alphabet = format.alphabet
     if alphabet is None:
         return None
-    values, order = format.ladder(params, rows, columns).sort(dim=-1, stable=True)
-    group = torch.arange(columns, dtype=torch.int32) // format.group_of(columns)
-    return Ladders(values.contiguous(), alphabet[order], group)
+    values, group = format.ladder(params, rows, columns), torch.arange(columns, dtype=torch.int32)
+    codes = alphabet.expand(values.shape)
+    if not bool((values[..., 1:] >= values[..., :-1]).all()):
+        values, order = values.sort(dim=-1, stable=True)
+        codes = alphabet[order]
+    return Ladders(values.contiguous(), codes.contiguous(), group // format.group_of(columns))
 
 
 def bits(values: Tensor) -> NDArray[Any]:

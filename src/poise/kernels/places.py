@@ -50,6 +50,23 @@ def locate(weight: Floats, ladders: Floats, group: Ints, place: Floats) -> None:
 
 
 @fast
+def pick(index: Ints, codes: Ints, group: Ints, found: Ints) -> None:
+    """Codes of levels.
+
+    Args:
+        index: [rows, n] uint8, the levels.
+        codes: [rows, groups, levels].
+        group: [n], which ladder a column has.
+        found: [rows, n], receives the codes.
+    """
+    rows, n = index.shape
+    for r in range(rows):
+        line = codes[r]
+        for j in range(n):
+            found[r, j] = line[group[j], index[r, j]]
+
+
+@fast
 def settle(place: Floats, ladders: Floats, group: Ints, index: Ints, value: Floats, gap: Floats) -> None:
     """Levels nearest to places, their values, and how fast the value would change with the place if it did not jump.
 

@@ -7,7 +7,8 @@ can be called alone. The embedding holds only the rows of tokens that occur.
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -30,8 +31,8 @@ SAME = 1e-4
 """Largest difference of two sums of the same terms, as a share of the largest value."""
 
 
-class _Reached(Exception):
-    """Ends a forward pass where there is nothing more to learn."""
+class Reached(Exception):
+    """Raised by a ``Watch``: ends a forward pass where there is nothing more to learn."""
 
 
 class Blocks:
@@ -102,7 +103,7 @@ class Blocks:
 
         def note(_: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             seen.append(_hidden(args, kwargs))
-            raise _Reached
+            raise Reached
 
         self._with_stand_ins(ids, note)
         return seen[0]
@@ -123,7 +124,7 @@ class Blocks:
                 rest = {key: value for key, value in kwargs.items() if key != "hidden_states"}
                 calls.append((args[1:], rest))
                 if hidden.dim() != 3 or index == len(self.layers) - 1:
-                    raise _Reached
+                    raise Reached
                 return wrap(hidden)
 
             self._with_stand_ins(ids, note)
@@ -137,7 +138,7 @@ class Blocks:
             self.layers[index] = _StandIn(index, note, block)
         try:
             self.model(input_ids=ids, use_cache=False)
-        except _Reached:
+        except Reached:
             pass
         finally:
             for index, block in enumerate(real):
@@ -175,11 +176,15 @@ class Blocks:
         """Replaces a matrix of the open block, [rows, columns]."""
         self.fill(linear.name, as_stored(linear, weight))
 
+    def products(self) -> AbstractContextManager[None]:
+        """Products inside are rounded as those of a block are."""
+        return rounded_products() if self.rounded else nullcontext()
+
     @torch.no_grad()
     def run(self, hidden: Tensor) -> Tensor:
         """What the open block makes of hidden states [batch, tokens, hidden]."""
         args, kwargs = self._calls[self.index or 0]
-        with rounded_products() if self.rounded else nullcontext():
+        with self.products():
             out = self.layers[self.index](hidden, *args, **kwargs)
         result: Tensor = out[0] if isinstance(out, tuple) else out
         return result
@@ -187,7 +192,7 @@ class Blocks:
     @torch.no_grad()
     def run_linear(self, path: str, x: Tensor) -> Tensor:
         """What a linear of the open block makes of what it reads, [tokens, columns]."""
-        with rounded_products() if self.rounded else nullcontext():
+        with self.products():
             out: Tensor = self.model.get_submodule(path)(x)
         return out
 
@@ -239,7 +244,7 @@ class Blocks:
         try:
             with _Experts(experts, see):
                 return self.run(hidden)
-        except _Reached:
+        except Reached:
             return None
         finally:
             for handle in handles:
@@ -294,7 +299,7 @@ class Blocks:
 
         def note(module: nn.Module, args: tuple[Any, ...]) -> None:
             seen.append(args[0])
-            raise _Reached
+            raise Reached
 
         def pass_on(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return hidden
@@ -374,27 +379,33 @@ class _Experts(TorchFunctionMode):
 
 
 class _Residual:
-    """What the residual stream holds while a block runs: what came in and what was written since."""
+    """What the residual stream holds while a block runs in this thread: what came in and what was written since."""
 
     def __init__(self, hidden: Tensor) -> None:
-        self.state = hidden
+        self.state, self.thread = hidden, get_ident()
 
     def follow(self, writers: Iterable[nn.Module]) -> list[Any]:
         """Handles of the hooks that add what modules put out."""
         return [module.register_forward_hook(self._add) for module in writers]
 
     def _add(self, _: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
-        self.state = self.state + out.view(self.state.shape)
+        if get_ident() == self.thread:
+            self.state = self.state + out.view(self.state.shape)
 
 
 def _shower(path: str, see: Watch, last: bool, stream: _Residual | None) -> Any:
+    """A hook for runs of this thread alone: others may wait in the same block."""
+    thread = get_ident()
+
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if get_ident() != thread:
+            return
         x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         if x.numel():
             held = None if stream is None else stream.state.reshape(-1, stream.state.shape[-1])
             see(path, x.reshape(-1, x.shape[-1]).float(), held)
         if last:
-            raise _Reached
+            raise Reached
 
     return hook
 

@@ -17,9 +17,10 @@ from poise.core.registry import build
 from poise.core.run import peak_memory
 from poise.core.stats import Stats
 from poise.pipeline.blocks import rounded_products
+from poise.pipeline.passes import READ
 from poise.pipeline.reading import Reading, reads, tokens_of, wants_hessian
 from poise.pipeline.spool import MEMORY
-from poise.pipeline.stream import BATCH_TOKENS, READ
+from poise.pipeline.stream import BATCH_TOKENS
 from poise.training.precision import product_dtype
 
 COPY_RATE = 150e6

@@ -29,7 +29,7 @@ HESSIAN_WINDOW = 512
 """Likewise for Hessians."""
 
 DIAGONAL_TOKENS = 2500
-"""Tokens that second moments need."""
+"""Tokens that second moments need; the built-in text has not many less."""
 
 HESSIAN_TOKENS = 16384
 """Tokens that Hessians need."""
@@ -155,8 +155,8 @@ class Reading:
 def reading_of(checkpoint: Checkpoint, plan: Plan, calibration: str | Path | None) -> Reading:
     """What a plan's model reads: a file, or what is fitting where nothing was given.
 
-    Second moments need little: the short text that comes with Poise serves them. For Hessians and training the model
-    writes its own text, if it has room to run in memory.
+    Second moments need little, and some plans want no more for Hessians: the short text that comes with Poise serves them.
+    For others, and for training, the model writes its own text, if it has room to run in memory.
 
     Raises:
         UsageError: the file cannot be used.
@@ -168,7 +168,7 @@ def reading_of(checkpoint: Checkpoint, plan: Plan, calibration: str | Path | Non
         return Reading(
             checkpoint=checkpoint, plan=plan, text=load_text(calibration, "calibration", tokenizer)
         )
-    if wants_hessian(plan) or plan.tune is not None:
+    if tokens_of(plan) > DIAGONAL_TOKENS or plan.tune is not None:
         need = product_dtype().itemsize * sum(info.numel for info in checkpoint.tensors().values())
         if need < ROOM * available_memory():
             return Reading(checkpoint=checkpoint, plan=plan, text=None)

@@ -6,30 +6,27 @@ really read. Memory holds one block, the statistics of one input group, and hidd
 them waits on disk.
 """
 
-import math
-import time
-import warnings
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from poise.core.checkpoint import Checkpoint
-from poise.core.errors import PoiseWarning
-from poise.core.format import Format, QTensor
+from poise.core.format import QTensor
 from poise.core.linear import Linear
 from poise.core.plan import Plan, PlanRow
 from poise.core.registry import build
 from poise.core.run import return_freed_memory
-from poise.core.slabs import map_slabs
 from poise.core.solver import Chain, Solver
 from poise.core.stats import Stats
 from poise.pipeline.blocks import Blocks, Watch
 from poise.pipeline.gradients import squared_gradients
 from poise.pipeline.moments import Moments, Weighed
+from poise.pipeline.passes import HELD, Reads, Repeated, Waiting
 from poise.pipeline.progress import Progress
+from poise.pipeline.solving import solve_matrix
 from poise.pipeline.spool import Spool
 from poise.pipeline.workspace import Workspace
 
@@ -37,32 +34,6 @@ BATCH_TOKENS = 2048
 """Tokens that a block reads at a time."""
 ROUNDED = True
 """Whether products of what a block reads may round their factors to bfloat16."""
-READ = 1 << 25
-"""Bytes of what one input group read that stay in memory."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """What solving one matrix came to.
-
-    Attributes:
-        weight_error: |W - W'|^2 / |W|^2.
-        output_error: E|(V - W') x|^2 / E|V x|^2 under the statistics there were, V what the solver aimed at: W, and what
-            it adds to make up for layers before. NaN without statistics.
-        nearest: the same for V rounded to nearest.
-        tokens: behind the statistics, 0 without any.
-        warnings: what was mended or is doubtful.
-    """
-
-    name: str
-    format: str
-    solver: str
-    seconds: float
-    weight_error: float
-    output_error: float
-    nearest: float
-    tokens: int
-    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +49,11 @@ class Calibration:
     windows: Sequence[Sequence[int]]
     hash: str
     written: Sequence[Sequence[int]] = ()
+
+    @property
+    def tokens(self) -> int:
+        """Of all windows, without what was written for training."""
+        return len(self.windows) * len(self.windows[0])
 
     def first(self, tokens: int) -> "Calibration":
         """No more windows than hold so many tokens, at least one."""
@@ -122,8 +98,9 @@ class _Work:
         for row in rows:
             self.solve(row, None)
 
-    def solve(self, row: PlanRow, stats: Stats | None) -> None:
-        """Solves and stores one matrix, unless that was done before."""
+    def solve(self, row: PlanRow, stats: Stats | None) -> QTensor | None:
+        """Solves and stores one matrix; None if that was done before."""
+        found = None
         if not self.workspace.has(row):
             solver, format = build("solver", str(row.solver)), build("format", str(row.format))
             # The weight is not named here, so that it is gone before its codes are packed.
@@ -135,60 +112,13 @@ class _Work:
         self.finished.add(row.name)
         done = sum(self.rows[name].rows * self.rows[name].columns for name in self.finished)
         self.progress(f"quantize {row.name}", done, self.total)
+        return found
 
 
 def runs_of(solver: Solver) -> int:
     """Runs of rows for which a solver, or a step of a chain, wants Hessians of their own."""
     steps = solver.steps if isinstance(solver, Chain) else (solver,)
     return max((int(getattr(step, "runs", 1)) for step in steps), default=1)
-
-
-def solve_matrix(
-    weight: Tensor, row: PlanRow, solver: Solver, format: Format, stats: Stats | None
-) -> tuple[QTensor, Outcome]:
-    """Codes of a matrix, and what they came to."""
-    start = time.perf_counter()
-    said = [] if stats is None else list(stats.notes)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", PoiseWarning)
-        found = solver.solve(weight, format, stats, name=row.name)
-    said += [str(item.message) for item in caught if issubclass(item.category, PoiseWarning)]
-    seconds = time.perf_counter() - start
-    aim = weight if stats is None else solver.aim(weight, format, stats)
-    nearest = None if stats is None else build("solver", "rtn").solve(aim, format, name=row.name)
-    outcome = Outcome(
-        name=row.name,
-        format=str(row.format),
-        solver=str(row.solver),
-        seconds=round(seconds, 3),
-        weight_error=relative_error(weight, found, None),
-        output_error=relative_error(aim, found, stats) if stats is not None else math.nan,
-        nearest=relative_error(aim, nearest, stats) if nearest is not None else math.nan,
-        tokens=stats.n_tokens if stats is not None else 0,
-        warnings=tuple(dict.fromkeys(said)),
-    )
-    return found, outcome
-
-
-def relative_error(weight: Tensor, found: QTensor, stats: Stats | None) -> float:
-    """tr (W - W') H (W - W')^T / tr W H W^T, with the Hessian, or the diagonal of it that is known, or without."""
-    moment = None if stats is None else stats.second_moment
-    hessian = None if stats is None else stats.hessian
-
-    def part(rows: slice) -> tuple[float, float]:
-        w = weight[rows].float()
-        lost = w - found[rows].decode()
-        if hessian is None:
-            weigh = 1.0 if moment is None else moment
-            return float((lost.square() * weigh).sum()), float((w.square() * weigh).sum())
-        h = hessian
-        if h.dim() == 3:
-            h = h[min(len(h) - 1, (rows.start or 0) * len(h) // len(weight))]
-        return float(((lost @ h) * lost).sum()), float(((w @ h) * w).sum())
-
-    parts = map_slabs(part, weight.shape[0], weight.shape[1])
-    whole = math.fsum(item[1] for item in parts)
-    return math.fsum(item[0] for item in parts) / whole if whole else 0.0
 
 
 class _Stream:
@@ -261,51 +191,37 @@ class _Stream:
             for linear in linears:
                 self.work.solve(self.work.rows[linear.name], moments.stats(linear, self.calibration.hash))
             return
-        before, last = _Reads(self.folder / "inputs"), _Reads(self.folder / "last")
+        before = Reads(self.folder / "inputs")
         writers: tuple[str, ...] = ()
         if self.crosses:
-            whole = [linear for linear in self.work.linears.values() if linear.block == self.blocks.index]
-            writers = self.blocks.writers(self.original[0][:1], whole)
+            writers = self.blocks.writers(self.original[0][:1], self._of_block())
             self._advance([name for name in names if self.blocks.dense(name)], before.keep, writers)
-        for together in groups:
-            moments = Moments(self.blocks, before.inputs, before.streams, self._weighed(linears, together))
-            sees: list[Watch] = [moments.add] if together in open_ else []
-            if together == groups[-1] and together == list(writers[-1:]):
-                sees.append(last.keep)
-            self._read(together, sees, writers)
-            for linear in linears:
-                if linear.input_group in together:
-                    row = self.work.rows[linear.name]
-                    self.work.solve(row, moments.stats(linear, self.calibration.hash))
-                    self.blocks.put(linear, self.work.workspace.load(row).decode())
-            before.drop(together)
-        self._leave(last)
+        with closing(self._passes(groups, writers)) as passes:
+            for together in groups:
+                moments = Moments(
+                    self.blocks, before.inputs, before.streams, self._weighed(linears, together)
+                )
+                passes.read(together, moments.add if together in open_ else None)
+                for linear in linears:
+                    if linear.input_group in together:
+                        row = self.work.rows[linear.name]
+                        found = self.work.solve(row, moments.stats(linear, self.calibration.hash))
+                        self.blocks.put(linear, (found or self.work.workspace.load(row)).decode())
+                before.drop(together)
+            passes.leave()
 
-    def _read(self, together: list[str], sees: Sequence[Watch], writers: Sequence[str]) -> None:
-        """The quantized stream through the open block, as far as some groups."""
+    def _of_block(self) -> list[Linear]:
+        """All linears of the open block, planned or not."""
+        return [linear for linear in self.work.linears.values() if linear.block == self.blocks.index]
 
-        def see(group: str, x: Tensor, stream: Tensor | None) -> None:
-            for each in sees:
-                each(group, x, stream)
-
-        if sees:
-            for hidden in self.quantized:
-                self.blocks.watch(hidden, together, see, whole=False, writers=writers)
-
-    def _leave(self, last: "_Reads") -> None:
-        """The quantized stream to the end of the open block.
-
-        Args:
-            last: what the last writer of the block reads and adds to, if that is all that comes then.
-        """
-        for number, hidden in enumerate(self.quantized):
-            if last.inputs:
-                ((path, x),) = last.inputs.items()
-                after = last.streams[path][number] + self.blocks.run_linear(path, x[number])
-                self.quantized[number] = after.view(hidden.shape)
-            else:
-                self.quantized[number] = self.blocks.run(hidden)
-        last.drop(list(last.inputs))
+    def _passes(self, groups: list[list[str]], writers: Sequence[str]) -> Waiting | Repeated:
+        """How the quantized stream goes through the open block: with stops, if there is room for all that its linears put
+        out, which is more than is held at any time. The inputs of experts are known only when they have run."""
+        numbers = sum(linear.rows for linear in self._of_block()) * self.calibration.tokens
+        names = [name for together in groups for name in together]
+        if 4 * numbers <= HELD and all(self.blocks.dense(name) for name in names):
+            return Waiting(self.blocks, self.quantized, names, writers)
+        return Repeated(self.blocks, self.quantized, groups, writers, self.folder / "last")
 
     def _solve_head(self) -> None:
         """A head of its own reads what the final norm gives; a tied one is a table of embeddings too, and has none."""
@@ -330,28 +246,3 @@ class _Stream:
             after = self.blocks.watch(hidden, groups, see, whole=True, writers=writers)
             assert after is not None  # the whole block ran
             self.original[number] = after
-
-
-class _Reads:
-    """What input groups read, batch by batch, and what the residual stream holds where they write to it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.inputs: dict[str, Spool] = {}
-        self.streams: dict[str, Spool] = {}
-
-    def keep(self, group: str, x: Tensor, stream: Tensor | None) -> None:
-        """Takes a batch; see ``Watch``."""
-        self._spool(self.inputs, group, self.folder / group).append(x)
-        if stream is not None:
-            self._spool(self.streams, group, self.folder / f"{group}.stream").append(stream)
-
-    def _spool(self, spools: dict[str, Spool], group: str, folder: Path) -> Spool:
-        return spools.setdefault(group, Spool(folder, budget=READ))
-
-    def drop(self, groups: Sequence[str]) -> None:
-        """Frees what some groups read."""
-        for spools in (self.inputs, self.streams):
-            for group in groups:
-                if group in spools:
-                    spools.pop(group).close()

@@ -13,6 +13,8 @@ from poise.kernels import fast, finite, inlined
 
 ROWS = 64
 """Rows that are swept side by side: a panel of them stays in the first-level cache."""
+TOGETHER = 8
+"""Columns whose errors go to those that follow in one pass; the sum is written out."""
 FEW = 32
 """Levels up to which comparing with all of them is faster than a binary search, which does not vectorise."""
 NEAR = np.float32(0.4)
@@ -43,50 +45,68 @@ def nearest(ladder, value):  # type: ignore[no-untyped-def]
 def sweep(w: Floats, target: Floats, feedback: Floats, ladders: Floats, group: Ints, index: Ints) -> None:
     """Rounds the columns of a panel in turn; each error goes to the targets of the panel's columns that follow.
 
-    Rows go side by side, a few at a time, so that every loop inside is over neighbours in memory.
+    Rows go side by side, a few at a time, so that every loop inside is over neighbours in memory. Columns that come much
+    later get the errors of a few columns at once.
 
     Args:
-        w: [rows, n], the weights; becomes what each loses, w - w'.
-        target: [rows, n], the weights and what the panels before have lost of them.
+        w: [n, rows], the weights; becomes what each loses, w - w'.
+        target: [n, rows], the weights and what the panels before have lost of them.
         feedback: [n, n], the panel's part of R, its columns divided by their diagonals.
         ladders: [groups, levels, rows], ascending.
         group: [n], which ladder a column has.
-        index: [rows, n], receives the positions in the ladders.
+        index: [n, rows], receives the positions in the ladders.
     """
-    rows, n = w.shape
+    n, rows = w.shape
     levels = ladders.shape[1]
-    work, lost = np.empty((n, ROWS), np.float32), np.empty(ROWS, np.float32)
+    work, lost = np.empty((n, ROWS), np.float32), np.zeros((TOGETHER, ROWS), np.float32)
     best, place = np.empty(ROWS, np.float32), np.empty(ROWS, np.int32)
+    share = np.zeros(TOGETHER, np.float32)
     for first in range(0, rows, ROWS):
         count = min(ROWS, rows - first)
-        for r in range(count):
-            for j in range(n):
-                work[j, r] = target[first + r, j]
         for j in range(n):
-            here, values = work[j], ladders[group[j]]
-            if levels <= FEW:
-                lowest = values[0]
-                for r in range(count):
-                    best[r], place[r] = lowest[first + r], 0
-                for k in range(1, levels):
-                    level = values[k]
-                    for r in range(count):
-                        value = level[first + r]
-                        nearer = value - here[r] < here[r] - best[r]
-                        best[r] = value if nearer else best[r]
-                        place[r] = k if nearer else place[r]
-            else:
-                for r in range(count):
-                    place[r] = nearest(values[:, first + r], here[r])  # type: ignore[no-untyped-call]
-                    best[r] = values[place[r], first + r]
+            line = target[j, first:]
             for r in range(count):
-                w[first + r, j] -= best[r]
-                lost[r] = w[first + r, j]
-                index[first + r, j] = place[r]
-            for i in range(j + 1, n):
-                after, share = work[i], feedback[j, i]
+                work[j, r] = line[r]
+        for start in range(0, n, TOGETHER):
+            stop = min(start + TOGETHER, n)
+            for j in range(start, stop):
+                here, values = work[j], ladders[group[j]]
+                if levels <= FEW:
+                    lowest = values[0, first:]
+                    for r in range(count):
+                        best[r], place[r] = lowest[r], np.int32(0)
+                    for k in range(1, levels):
+                        level, number = values[k, first:], np.int32(k)
+                        for r in range(count):
+                            value = level[r]
+                            nearer = value - here[r] < here[r] - best[r]
+                            best[r] = value if nearer else best[r]
+                            place[r] = number if nearer else place[r]
+                else:
+                    for r in range(count):
+                        place[r] = nearest(values[:, first + r], here[r])  # type: ignore[no-untyped-call]
+                        best[r] = values[place[r], first + r]
+                own, left, kept = lost[j - start], w[j, first:], index[j, first:]
                 for r in range(count):
-                    after[r] += share * lost[r]
+                    own[r] = left[r] - best[r]
+                    left[r] = own[r]
+                    kept[r] = place[r]
+                for i in range(j + 1, stop):
+                    after, alone = work[i], feedback[j, i]
+                    for r in range(count):
+                        after[r] += alone * own[r]
+            for i in range(stop, n):
+                after = work[i]
+                for j in range(TOGETHER):  # those beyond the end have no columns after them
+                    share[j] = feedback[start + j, i]
+                for r in range(count):
+                    after[r] += (
+                        (share[0] * lost[0, r] + share[1] * lost[1, r])
+                        + (share[2] * lost[2, r] + share[3] * lost[3, r])
+                    ) + (
+                        (share[4] * lost[4, r] + share[5] * lost[5, r])
+                        + (share[6] * lost[6, r] + share[7] * lost[7, r])
+                    )
 
 
 @fast

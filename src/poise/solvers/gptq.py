@@ -112,36 +112,28 @@ class Gptq(Solver):
         ladders = ladders_of(format, params, *weight.shape) if noise is None else None
         if ladders is None:
             return feed_back(weight, format, params, factor, noise)
-        work = weight[:, factor.order].contiguous()
-        index = self._sweep(work, ladders._replace(group=ladders.group[factor.order]), factor, 0)
-        back = torch.empty_like(index)
-        back[:, factor.order] = index
-        return ladders.decode(back)
+        lines = weight.index_select(1, factor.order).T.contiguous()
+        index = self._sweep(lines, ladders._replace(group=ladders.group[factor.order]), factor, 0)
+        return ladders.decode(index[torch.argsort(factor.order)].T.contiguous())
 
-    def _sweep(self, work: Tensor, ladders: Ladders, factor: Factor, start: int) -> Tensor:
-        """Positions in the ladders of the columns from ``start`` on.
+    def _sweep(self, lines: Tensor, ladders: Ladders, factor: Factor, start: int) -> Tensor:
+        """Positions in the ladders of the columns from ``start`` on, [columns, rows].
 
         Args:
-            work: [rows, n], weights in the order of the factor, of those before ``start`` what they lose; what is swept
-                becomes what it loses as well.
+            lines: [n, rows], columns of the weight in the order of the factor, of those before ``start`` what they lose;
+                what is swept becomes what it loses as well.
         """
-        rows, stop = len(work), start + len(ladders.group)
-        values, group = (
-            ladders.values.permute(1, 2, 0).contiguous().numpy(),
-            ladders.group.contiguous().numpy(),
-        )
-        index = torch.empty(rows, stop - start, dtype=torch.uint8)
+        stop = start + len(ladders.group)
+        values, group = ladders.values.permute(1, 2, 0).contiguous().numpy(), ladders.group.numpy()
+        index = torch.empty(stop - start, lines.shape[1], dtype=torch.uint8)
         for first in range(start, stop, self.panel):
-            last = min(first + self.panel, stop)
-            place, runs = slice(first, last), group[first - start : last - start]
-            panel, part = work[:, place].contiguous(), torch.empty(rows, last - first, dtype=torch.uint8)
+            place = slice(first, min(first + self.panel, stop))
+            part = slice(first - start, place.stop - start)
             corner = factor.upper[place, place]
             pivots = corner.diagonal()
-            target = panel + _carried(work, factor, place) / pivots
+            target = lines[place] + _carried(lines, factor, place) / pivots.unsqueeze(1)
             feedback = (corner / pivots).numpy()
-            sweep(panel.numpy(), target.numpy(), feedback, values, runs, part.numpy())
-            work[:, place] = panel
-            index[:, first - start : last - start] = part
+            sweep(lines[place].numpy(), target.numpy(), feedback, values, group[part], index[part].numpy())
         return index
 
     def _refitted(
@@ -154,14 +146,14 @@ class Gptq(Solver):
             raise FormatError(
                 f'groups="refit" is for scalar formats whose groups divide a row; use groups="static" for {spec_of(format)}'
             )
-        work, codes, params = weight.clone(), [], []
+        lines, codes, params = weight.T.contiguous(), [], []
         for first in range(0, n, run):
             place = slice(first, first + run)
             weigh = None if importance is None else importance[place]
-            part = format.fit(_target(work, factor, place), weigh)
+            part = format.fit(_target(lines, factor, place), weigh)
             ladders = ladders_of(format, part, rows, run)
             assert ladders is not None  # it has an alphabet
-            codes.append(ladders.decode(self._sweep(work, ladders, factor, first)))
+            codes.append(ladders.decode(self._sweep(lines, ladders, factor, first).T.contiguous()))
             params.append(part)
         joined = {key: torch.cat([part[key] for part in params], dim=1) for key in params[0]}
         return torch.cat(codes, dim=1), joined
@@ -170,7 +162,7 @@ class Gptq(Solver):
 def feed_back(weight: Tensor, format: Format, params: Params, factor: Factor, noise: Tensor | None) -> Tensor:
     """Error feedback through ``Format.round``, unit by unit of ``width`` columns: for any format."""
     width, n = format.width, weight.shape[1]
-    work = weight[:, factor.order].contiguous()
+    lines = weight.index_select(1, factor.order).T.contiguous()
     pieces: dict[int, Tensor] = {}
     for first in range(0, n, width):
         unit = slice(first, first + width)
@@ -179,20 +171,21 @@ def feed_back(weight: Tensor, format: Format, params: Params, factor: Factor, no
         part = format.at(params, place)
         metric = None if width == 1 else factor.upper[unit, unit].square().sum(1)
         chance = None if noise is None else noise[:, place]
-        codes = format.round(_target(work, factor, unit), part, metric, chance)
+        codes = format.round(_target(lines, factor, unit), part, metric, chance)
         pieces[column] = codes
-        work[:, unit] -= format.decode(codes, part)
+        lines[unit] -= format.decode(codes, part).T
     return torch.cat([pieces[column] for column in sorted(pieces)], dim=1)
 
 
-def _carried(work: Tensor, factor: Factor, unit: slice) -> Tensor:
-    """E R for the columns of a unit, E what the columns before it have lost: they stand in ``work`` as that."""
-    return work[:, : unit.start] @ factor.upper[: unit.start, unit]
+def _carried(lines: Tensor, factor: Factor, unit: slice) -> Tensor:
+    """(E R)^T for the columns of a unit, E what the columns before it have lost: they stand in ``lines`` as that."""
+    return factor.upper[: unit.start, unit].T @ lines[: unit.start]
 
 
-def _target(work: Tensor, factor: Factor, unit: slice) -> Tensor:
+def _target(lines: Tensor, factor: Factor, unit: slice) -> Tensor:
     """What a unit is rounded from: its weights and what makes up best for those before, [rows, width]."""
-    return work[:, unit] + over(_carried(work, factor, unit), factor.upper[unit, unit])
+    made_up = over(_carried(lines, factor, unit).T, factor.upper[unit, unit])
+    return (lines[unit].T + made_up).contiguous()
 
 
 def _blocks(factor: Factor, width: int) -> Tensor:
