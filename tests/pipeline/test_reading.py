@@ -27,6 +27,11 @@ def test_little_is_read_for_second_moments_and_own_text_for_hessians(llama):
     checkpoint = open_checkpoint(llama)
     assert reading_of(checkpoint, plan_of("search"), None).text.name == "the built-in calibration text"
     assert reading_of(checkpoint, plan_of("gptq"), None).text is None
+    assert (
+        reading_of(checkpoint, plan_of("gptq", tokens=1024), None).text.name
+        == "the built-in calibration text"
+    )
+    assert reading_of(checkpoint, plan_of("gptq", tokens=4096), None).text is None
     assert reading_of(checkpoint, plan_of("search"), "self").text is None
     assert reading_of(checkpoint, plan_of("rtn", tune="distill"), None).text is None
 
@@ -36,6 +41,13 @@ def test_a_model_without_room_reads_the_built_in_text_and_says_so(llama, monkeyp
     with pytest.warns(PoiseWarning, match="give --calibration FILE"):
         found = reading_of(open_checkpoint(llama), plan_of("gptq"), None)
     assert found.text is not None
+
+
+def test_the_built_in_text_has_what_the_preset_without_data_reads(llama):
+    checkpoint = open_checkpoint(llama)
+    tokens = preset_recipe("fast", 4, 32).tokens
+    found = reading_of(checkpoint, plan_of("gptq", tokens=tokens), None)
+    assert sum(map(len, found.given)) == tokens
 
 
 def test_hashes_tell_texts_apart(llama, tmp_path):
@@ -91,7 +103,7 @@ def test_what_is_written_goes_on_from_windows_that_do_not_judge(llama, tmp_path)
 
 
 def test_own_text_is_written_once_and_kept_for_a_resumed_run(llama, tmp_path, monkeypatch):
-    recipe = dataclasses.replace(preset_recipe("balanced", 4, 32), tokens=512)
+    recipe = dataclasses.replace(preset_recipe("balanced", 4, 32), tokens=3072)
     poise.quantize(llama, recipe, tmp_path / "whole", to="gguf")
     calls = []
     whole = reading.write_windows

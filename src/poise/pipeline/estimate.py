@@ -17,7 +17,7 @@ from poise.core.registry import build
 from poise.core.run import peak_memory
 from poise.core.stats import Stats
 from poise.pipeline.blocks import rounded_products
-from poise.pipeline.passes import READ
+from poise.pipeline.passes import HELD, READ, held
 from poise.pipeline.reading import Reading, reads, tokens_of, wants_hessian
 from poise.pipeline.spool import MEMORY
 from poise.pipeline.stream import BATCH_TOKENS
@@ -30,7 +30,7 @@ SHARD = 500_000_000
 LIBRARIES = 350_000_000
 """Bytes of transformers' model code and compiled loops, which a dry run does not load."""
 REREAD = 2.4
-"""Block passes of the quantized stream: as far as each input group, and once to the end."""
+"""Block passes of the quantized stream where no run can wait: as far as each input group, and once to the end."""
 BESIDE = 2.0
 """Time of reading a block over that of its products alone: attention and what is done element by element."""
 BESIDE_TRAINING = 3.3
@@ -121,7 +121,8 @@ def _reading_cost(checkpoint: Checkpoint, plan: Plan, reading: Reading) -> tuple
     planned = {row.name: row for row in plan.quantized}
     groups = {linears[name].input_group: linears[name].columns for name in planned}
     if wants_hessian(plan):
-        passes += REREAD
+        waits = all(held(block, tokens) <= HELD for block in blocks.values())
+        passes += 1.0 if waits else REREAD
         products = sum(2.0 * columns**2 for columns in groups.values())
     seconds = BESIDE * 2 * tokens * (weights * passes + products) / _rate(torch.float32)
     memory, spilled = _stream_memory(list(blocks.values()), planned, tokens, wants_hessian(plan))
@@ -166,6 +167,7 @@ def _stream_memory(
         groups = {linear.input_group: linear.columns for linear in block if linear.name in planned}
         if hessian and groups:
             n = max(groups.values())
+            need += held(block, tokens) if held(block, tokens) <= HELD else 0
             need += sum(min(4 * tokens * columns, READ) for columns in groups.values())
             disk += sum(max(0, 4 * tokens * columns - READ) for columns in groups.values())
             need += n * n * (4 + 4 + 8 + 4)  # both moments; the factor in float64, and as it is kept

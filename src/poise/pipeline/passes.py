@@ -1,12 +1,13 @@
 """The quantized stream through the open block: to where each input group reads, and on when the matrices there are solved."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from torch import Tensor
 
+from poise.core.linear import Linear
 from poise.pipeline.blocks import Blocks, Reached, Watch
 from poise.pipeline.spool import Spool
 
@@ -14,6 +15,11 @@ HELD = 1 << 30
 """Bytes that runs which wait inside a block may hold, in all."""
 READ = 1 << 25
 """Bytes of what one input group read that stay in memory."""
+
+
+def held(linears: Iterable[Linear], tokens: int) -> int:
+    """Bytes of all that the linears of a block put out, which is more than a run holds at any time."""
+    return 4 * tokens * sum(linear.rows for linear in linears)
 
 
 class Reads:

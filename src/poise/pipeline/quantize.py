@@ -70,8 +70,8 @@ def quantize(
         out: folder to make; with several exporters, one folder a name inside it.
         to: exporters.
         calibration: what the original reads, to learn which inputs of each layer matter: a UTF-8 text, JSON lines, or
-            ``self``, text that it writes itself. None for ``self`` where Hessians are wanted, for the short text that
-            comes with Poise where second moments will do. Only read if a planned solver uses statistics.
+            ``self``, text that it writes itself. None for ``self`` where much is wanted, for the short text that comes
+            with Poise where little will do. Only read if a planned solver uses statistics.
         force: replace what is at ``out`` and any unfinished run.
         resume: continue an unfinished run at the first matrix that is not done.
 

@@ -24,7 +24,7 @@ from poise.core.stats import Stats
 from poise.pipeline.blocks import Blocks, Watch
 from poise.pipeline.gradients import squared_gradients
 from poise.pipeline.moments import Moments, Weighed
-from poise.pipeline.passes import HELD, Reads, Repeated, Waiting
+from poise.pipeline.passes import HELD, Reads, Repeated, Waiting, held
 from poise.pipeline.progress import Progress
 from poise.pipeline.solving import solve_matrix
 from poise.pipeline.spool import Spool
@@ -215,11 +215,11 @@ class _Stream:
         return [linear for linear in self.work.linears.values() if linear.block == self.blocks.index]
 
     def _passes(self, groups: list[list[str]], writers: Sequence[str]) -> Waiting | Repeated:
-        """How the quantized stream goes through the open block: with stops, if there is room for all that its linears put
-        out, which is more than is held at any time. The inputs of experts are known only when they have run."""
-        numbers = sum(linear.rows for linear in self._of_block()) * self.calibration.tokens
+        """How the quantized stream goes through the open block: with stops, if there is room for runs that wait. The inputs
+        of experts are known only when these have run."""
         names = [name for together in groups for name in together]
-        if 4 * numbers <= HELD and all(self.blocks.dense(name) for name in names):
+        room = held(self._of_block(), self.calibration.tokens) <= HELD
+        if room and all(self.blocks.dense(name) for name in names):
             return Waiting(self.blocks, self.quantized, names, writers)
         return Repeated(self.blocks, self.quantized, groups, writers, self.folder / "last")
 
