@@ -84,6 +84,36 @@ def test_what_waits_ends_when_it_is_closed(llama, tmp_path):
     assert not any(module._forward_pre_hooks for module in blocks.layers[0].modules())
 
 
+def test_what_is_interrupted_on_its_way_ends_when_it_is_closed(llama, tmp_path):
+    blocks, hidden, _, groups, writers = opened(llama, tmp_path)
+    passes = Waiting(blocks, hidden, [group for together in groups for group in together], writers)
+
+    class Interrupted:
+        def acquire(self):
+            raise KeyboardInterrupt
+
+        def release(self):
+            pass
+
+    passes._runs[0]._arrived = Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        passes.read(groups[0], lambda *_: None)
+    passes.close()
+    assert not waiting_threads()
+
+
+def test_what_is_not_reached_any_more_is_not_shown(llama, tmp_path):
+    blocks, hidden, _, groups, writers = opened(llama, tmp_path)
+    passes, expected = Waiting(blocks, hidden, groups[0] + groups[-1], writers), [*map(blocks.run, hidden)]
+    seen = []
+    for together in (groups[-1], groups[0], groups[0]):
+        passes.read(together, lambda group, *_: seen.append(group))
+    passes.leave()
+    passes.close()
+    assert seen == groups[-1] * len(hidden)
+    assert all(torch.equal(x, y) for x, y in zip(hidden, expected, strict=True))
+
+
 def test_what_fails_in_a_block_is_raised_where_it_is_asked_for(llama, tmp_path):
     blocks, hidden, _, groups, writers = opened(llama, tmp_path)
     passes = Waiting(blocks, hidden, [group for together in groups for group in together], writers)

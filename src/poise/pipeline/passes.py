@@ -2,7 +2,6 @@
 
 import threading
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from torch import Tensor
@@ -109,6 +108,8 @@ class _Run:
     def _go_on(self) -> None:
         """Until it waits again or has ended; products are rounded meanwhile as the block's are, and only then."""
         self._shown = None
+        if self._out is not None:
+            return
         with self.blocks.products():
             if self._thread.ident is None:
                 self._thread.start()
@@ -134,12 +135,12 @@ class _Run:
         return self._out
 
     def stop(self) -> None:
+        """Wherever it is, also on its way."""
         self._stopped = True
-        if self._shown is not None:
-            with suppress(Reached):
-                self._go_on()
         if self._thread.ident is not None:
-            self._thread.join()
+            with self.blocks.products():  # as when it began: what it leaves behind is undone
+                self._turn.release()
+                self._thread.join()
 
 
 class Repeated:

@@ -83,7 +83,9 @@ def _judged(rows: int, format: Format, stats: Stats) -> slice:
 
     All of them where rows hang together, or have Hessians of their own.
     """
-    alone = format.tile_rows == 1 and (stats.hessian is None or stats.hessian.dim() == 2)
+    alone = (
+        format.tile_rows == 1 and not format.shared and (stats.hessian is None or stats.hessian.dim() == 2)
+    )
     return slice(None, None, math.ceil(rows / JUDGED) if alone and rows else 1)
 
 
