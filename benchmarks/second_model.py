@@ -66,8 +66,11 @@ def quantize(model: Path, case: Case, text: Path) -> tuple[Path, dict[str, Any]]
     if manifest["source_fingerprint"] != open_checkpoint(model).fingerprint():
         raise SystemExit(f"{out} was made of another model; remove it")
     run = json.loads(Path(f"{out}.run.json").read_text(encoding="utf-8"))
+    plan = json.loads((out / "plan.json").read_text(encoding="utf-8"))
     return out, {
         **case._asdict(),
+        "solver": next(row["solver"] for row in plan["rows"] if row["solver"]),
+        "tune": plan["tune"],
         "stored": manifest["linear_bits_per_weight"],
         "seconds": sum(value for stage, value in run["stages"].items() if stage != "export"),
     }

@@ -56,12 +56,7 @@ def quality_parts(facts: dict[str, Any]) -> list[str]:
             f"| {name} | {row['bits']} | {row['stored']:.2f} | {row['seconds']:.0f} "
             f"| {held['kl']:.4f} ± {held['half']:.4f} | {share} | {held['top1']:.3f} | {other['kl']:.4f} ± {other['half']:.4f} |"
         )
-    older = [
-        f"The row of `{row['preset']}` at {row['bits']} bits was measured when its {key} was `{row[key]}`."
-        for row in facts["rows"]
-        for key in ("solver", "tune")
-        if row.get(key) and row["preset"] in PRESETS and row[key] != getattr(PRESETS[row["preset"]], key)
-    ]
+    older = changed_since(facts["rows"])
     widths: dict[str, set[int]] = {}
     for row in facts["rows"]:
         widths.setdefault(row["preset"], set()).add(row["bits"])
@@ -79,6 +74,16 @@ def quality_parts(facts: dict[str, Any]) -> list[str]:
         "were measured on more than one processor, so that seconds compare roughly; `fast` and `hqq` were measured in one run.",
         "\n".join(rows),
         *older,
+    ]
+
+
+def changed_since(rows: list[dict[str, Any]]) -> list[str]:
+    """A sentence for each row whose preset is another by now."""
+    return [
+        f"The row of `{row['preset']}` at {row['bits']} bits was measured when its {key} was `{row[key]}`."
+        for row in rows
+        for key in ("solver", "tune")
+        if row.get(key) and row["preset"] in PRESETS and row[key] != getattr(PRESETS[row["preset"]], key)
     ]
 
 
@@ -101,6 +106,7 @@ def second_parts(facts: dict[str, Any]) -> list[str]:
         "figures, of what transformers loads through compressed-tensors and of what llama.cpp loads; the original is computed "
         "by transformers in float32.",
         "\n".join(rows),
+        *changed_since(facts["rows"]),
     ]
 
 
