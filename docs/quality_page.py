@@ -33,7 +33,7 @@ def presets() -> str:
     rows = ["| preset | solver | tokens | tuning | cost |", "|---|---|---:|---|---|"]
     for name, preset in PRESETS.items():
         rows.append(
-            f"| `{name}` | `{preset.solver}` | {preset.tokens or ''} | {preset.tune or 'none'} | {preset.cost} |"
+            f"| `{name}` | `{preset.solver}` | {preset.tokens} | {preset.tune or 'none'} | {preset.cost} |"
         )
     return "\n".join(rows)
 
@@ -71,7 +71,7 @@ def quality_parts(facts: dict[str, Any]) -> list[str]:
         "`docstrings` another domain. Peers that calibrate got the first 32768 tokens of the other half, as `balanced`; `best` reads more. They "
         "ran in environments of their own (`benchmarks/peers/`). Ratios are of the same windows, with 95 % bootstrap intervals. "
         "Seconds are of the quantization, reading of text included; those of peers are without loading and writing the model. Rows "
-        "were measured on more than one processor, so that seconds compare roughly; `fast` and `hqq` were measured in one run.",
+        "were measured on more than one processor, so that seconds compare roughly; lab.md has `fast` beside HQQ in one run.",
         "\n".join(rows),
         *older,
     ]

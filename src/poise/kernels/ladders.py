@@ -51,7 +51,7 @@ def ladders_of(format: Format, params: Params, rows: int, columns: int) -> Ladde
         return None
     values, group = format.ladder(params, rows, columns), torch.arange(columns, dtype=torch.int32)
     codes = alphabet.expand(values.shape)
-    if not bool((values[..., 1:] >= values[..., :-1]).all()):
+    if not bool((values[..., 1:] >= values[..., :-1]).all()):  # most are in order, and sorting is slow
         values, order = values.sort(dim=-1, stable=True)
         codes = alphabet[order]
     return Ladders(values.contiguous(), codes.contiguous(), group // format.group_of(columns))

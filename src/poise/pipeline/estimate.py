@@ -167,7 +167,8 @@ def _stream_memory(
         groups = {linear.input_group: linear.columns for linear in block if linear.name in planned}
         if hessian and groups:
             n = max(groups.values())
-            need += held(block, tokens) if held(block, tokens) <= HELD else 0
+            waiting = held(block, tokens)
+            need += waiting if waiting <= HELD else 0
             need += sum(min(4 * tokens * columns, READ) for columns in groups.values())
             disk += sum(max(0, 4 * tokens * columns - READ) for columns in groups.values())
             need += n * n * (4 + 4 + 8 + 4)  # both moments; the factor in float64, and as it is kept
