@@ -9,9 +9,9 @@ import torch
 import poise
 from conftest import ARCHITECTURES
 from poise.checkpoints import open_checkpoint
-from poise.pipeline import stream
+from poise.pipeline import passes as routes
 from poise.pipeline.blocks import Blocks
-from poise.pipeline.passes import Repeated, Waiting
+from poise.pipeline.passes import Repeated, Waiting, can_wait, held
 from poise.pipeline.spool import Spool
 from poise.planning.presets import preset_recipe
 
@@ -72,6 +72,17 @@ def test_runs_that_wait_go_on_with_what_was_put_meanwhile(model_factory, tmp_pat
         assert state is None or torch.allclose(state, other, rtol=1e-4, atol=1e-5)
     for x, y in zip(left, expected, strict=True):
         assert torch.allclose(x, y, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_runs_wait_where_there_is_room_and_no_router_chooses_tokens(
+    model_factory, tmp_path, monkeypatch, name
+):
+    blocks, _, linears, groups, _ = opened(model_factory(name), tmp_path)
+    dense = all(blocks.dense(group) for together in groups for group in together)
+    assert can_wait(linears, 100) == dense
+    monkeypatch.setattr(routes, "HELD", held(linears, 100) - 1)
+    assert not can_wait(linears, 100)
 
 
 def test_what_waits_ends_when_it_is_closed(llama, tmp_path):
@@ -136,9 +147,9 @@ def test_blocks_wait_where_there_is_room_and_run_anew_where_not(model_factory, t
             kinds.append(kind)
             return kind(*args)
 
-        monkeypatch.setattr(stream, kind.__name__, noting)
-    for room in (stream.HELD, 0):
-        monkeypatch.setattr(stream, "HELD", room)
+        monkeypatch.setattr(routes, kind.__name__, noting)
+    for room in (routes.HELD, 0):
+        monkeypatch.setattr(routes, "HELD", room)
         out = tmp_path / str(room)
         poise.quantize(model_factory(name), preset_recipe("balanced", 4, 32), out, to="compressed-tensors")
         record = json.loads(out.with_name(f"{out.name}.run.json").read_text())

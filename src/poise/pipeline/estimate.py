@@ -17,7 +17,7 @@ from poise.core.registry import build
 from poise.core.run import peak_memory
 from poise.core.stats import Stats
 from poise.pipeline.blocks import rounded_products
-from poise.pipeline.passes import HELD, READ, held
+from poise.pipeline.passes import READ, can_wait, held
 from poise.pipeline.reading import Reading, reads, tokens_of, wants_hessian
 from poise.pipeline.spool import MEMORY
 from poise.pipeline.stream import BATCH_TOKENS
@@ -121,7 +121,7 @@ def _reading_cost(checkpoint: Checkpoint, plan: Plan, reading: Reading) -> tuple
     planned = {row.name: row for row in plan.quantized}
     groups = {linears[name].input_group: linears[name].columns for name in planned}
     if wants_hessian(plan):
-        waits = all(held(block, tokens) <= HELD for block in blocks.values())
+        waits = all(can_wait(block, tokens) for block in blocks.values())
         passes += 1.0 if waits else REREAD
         products = sum(2.0 * columns**2 for columns in groups.values())
     seconds = BESIDE * 2 * tokens * (weights * passes + products) / _rate(torch.float32)
@@ -167,8 +167,7 @@ def _stream_memory(
         groups = {linear.input_group: linear.columns for linear in block if linear.name in planned}
         if hessian and groups:
             n = max(groups.values())
-            waiting = held(block, tokens)
-            need += waiting if waiting <= HELD else 0
+            need += held(block, tokens) if can_wait(block, tokens) else 0
             need += sum(min(4 * tokens * columns, READ) for columns in groups.values())
             disk += sum(max(0, 4 * tokens * columns - READ) for columns in groups.values())
             need += n * n * (4 + 4 + 8 + 4)  # both moments; the factor in float64, and as it is kept

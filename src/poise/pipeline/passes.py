@@ -10,7 +10,7 @@ from poise.core.linear import Linear
 from poise.pipeline.blocks import Blocks, Reached, Watch
 from poise.pipeline.spool import Spool
 
-HELD = 1 << 30
+HELD = 3 << 29
 """Bytes that runs which wait inside a block may hold, in all."""
 READ = 1 << 25
 """Bytes of what one input group read that stay in memory."""
@@ -19,6 +19,12 @@ READ = 1 << 25
 def held(linears: Iterable[Linear], tokens: int) -> int:
     """Bytes of all that the linears of a block put out, which is more than a run holds at any time."""
     return 4 * tokens * sum(linear.rows for linear in linears)
+
+
+def can_wait(linears: Sequence[Linear], tokens: int) -> bool:
+    """Whether runs can wait in a block, given all its linears: there is room, and no experts, whose inputs are known only when
+    they have run."""
+    return held(linears, tokens) <= HELD and not any(linear.role.startswith("expert.") for linear in linears)
 
 
 class Reads:
@@ -189,3 +195,25 @@ class Repeated:
     def close(self) -> None:
         """Frees what it kept."""
         self.last.drop(list(self.last.inputs))
+
+
+def passes_of(
+    blocks: Blocks,
+    hidden: Spool,
+    linears: Sequence[Linear],
+    groups: Sequence[Sequence[str]],
+    writers: Sequence[str],
+    tokens: int,
+    folder: Path,
+) -> Waiting | Repeated:
+    """How hidden states go through the open block: with stops, if runs can wait there; to be closed.
+
+    Args:
+        linears: all of the block.
+        groups: input groups in the order in which they are read; those in one list together.
+        tokens: of all hidden states.
+        folder: see ``Repeated``.
+    """
+    if can_wait(linears, tokens):
+        return Waiting(blocks, hidden, [name for together in groups for name in together], writers)
+    return Repeated(blocks, hidden, groups, writers, folder)

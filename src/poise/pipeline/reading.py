@@ -28,12 +28,11 @@ DIAGONAL_WINDOW = 256
 HESSIAN_WINDOW = 512
 """Likewise for Hessians."""
 
-DIAGONAL_TOKENS = 2500
-"""Tokens that second moments need; the built-in text has not many less."""
+BUILT_IN_TOKENS = 2500
+"""Hardly more than the built-in text has; second moments need no more."""
 
 HESSIAN_TOKENS = 16384
 """Tokens that Hessians need."""
-
 
 SELF = "self"
 """Asks for text that the model writes itself."""
@@ -168,7 +167,7 @@ def reading_of(checkpoint: Checkpoint, plan: Plan, calibration: str | Path | Non
         return Reading(
             checkpoint=checkpoint, plan=plan, text=load_text(calibration, "calibration", tokenizer)
         )
-    if tokens_of(plan) > DIAGONAL_TOKENS or plan.tune is not None:
+    if tokens_of(plan) > BUILT_IN_TOKENS or plan.tune is not None:
         need = product_dtype().itemsize * sum(info.numel for info in checkpoint.tensors().values())
         if need < ROOM * available_memory():
             return Reading(checkpoint=checkpoint, plan=plan, text=None)
@@ -183,7 +182,7 @@ def reading_of(checkpoint: Checkpoint, plan: Plan, calibration: str | Path | Non
 
 def tokens_of(plan: Plan) -> int:
     """Tokens that statistics are collected on, if the text has as many."""
-    return plan.tokens or (HESSIAN_TOKENS if wants_hessian(plan) else DIAGONAL_TOKENS)
+    return plan.tokens or (HESSIAN_TOKENS if wants_hessian(plan) else BUILT_IN_TOKENS)
 
 
 def wants_hessian(plan: Plan) -> bool:

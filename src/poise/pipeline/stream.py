@@ -24,7 +24,7 @@ from poise.core.stats import Stats
 from poise.pipeline.blocks import Blocks, Watch
 from poise.pipeline.gradients import squared_gradients
 from poise.pipeline.moments import Moments, Weighed
-from poise.pipeline.passes import HELD, Reads, Repeated, Waiting, held
+from poise.pipeline.passes import Reads, passes_of
 from poise.pipeline.progress import Progress
 from poise.pipeline.solving import solve_matrix
 from poise.pipeline.spool import Spool
@@ -196,7 +196,16 @@ class _Stream:
         if self.crosses:
             writers = self.blocks.writers(self.original[0][:1], self._of_block())
             self._advance([name for name in names if self.blocks.dense(name)], before.keep, writers)
-        with closing(self._passes(groups, writers)) as passes:
+        passes = passes_of(
+            self.blocks,
+            self.quantized,
+            self._of_block(),
+            groups,
+            writers,
+            self.calibration.tokens,
+            self.folder / "last",
+        )
+        with closing(passes):
             for together in groups:
                 moments = Moments(
                     self.blocks, before.inputs, before.streams, self._weighed(linears, together)
@@ -213,15 +222,6 @@ class _Stream:
     def _of_block(self) -> list[Linear]:
         """All linears of the open block, planned or not."""
         return [linear for linear in self.work.linears.values() if linear.block == self.blocks.index]
-
-    def _passes(self, groups: list[list[str]], writers: Sequence[str]) -> Waiting | Repeated:
-        """How the quantized stream goes through the open block: with stops, if there is room for runs that wait. The inputs
-        of experts are known only when these have run."""
-        names = [name for together in groups for name in together]
-        room = held(self._of_block(), self.calibration.tokens) <= HELD
-        if room and all(self.blocks.dense(name) for name in names):
-            return Waiting(self.blocks, self.quantized, names, writers)
-        return Repeated(self.blocks, self.quantized, groups, writers, self.folder / "last")
 
     def _solve_head(self) -> None:
         """A head of its own reads what the final norm gives; a tied one is a table of embeddings too, and has none."""

@@ -1,6 +1,7 @@
 """Transforms in their order: some need the architecture alone, some what blocks read, some what rounding did."""
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from poise.core.topology import Topology
 from poise.core.transform import Material, Read, Rewrite, Transform
 from poise.pipeline.blocks import Blocks
 from poise.pipeline.moments import Moments
+from poise.pipeline.passes import passes_of
 from poise.pipeline.progress import Progress
 from poise.pipeline.spool import Spool
 from poise.pipeline.stream import BATCH_TOKENS, Calibration
@@ -177,15 +179,23 @@ class _Corrections:
             assert out is not None  # the whole block ran
             before[number] = out
         done: list[Rewrite] = []
-        for together in groups:
-            rounded = Moments(self.blocks)
-            for hidden in after:
-                self.blocks.watch(hidden, together, rounded.add, whole=False)
-            for linear in linears:
-                if linear.input_group in together:
-                    done += self._matrix(linear, original, rounded)
-        for number, hidden in enumerate(after):
-            after[number] = self.blocks.run(hidden)
+        passes = passes_of(
+            self.blocks,
+            after,
+            self.linears.get(index, []),
+            groups,
+            (),
+            self.calibration.tokens,
+            self.workspace.path / "stream" / "last",
+        )
+        with closing(passes):
+            for together in groups:
+                rounded = Moments(self.blocks)
+                passes.read(together, rounded.add)
+                for linear in linears:
+                    if linear.input_group in together:
+                        done += self._matrix(linear, original, rounded)
+            passes.leave()
         return done
 
     def _matrix(self, linear: Linear, original: Moments, rounded: Moments) -> list[Rewrite]:
