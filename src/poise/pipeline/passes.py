@@ -10,7 +10,7 @@ from poise.core.linear import Linear
 from poise.pipeline.blocks import Blocks, Reached, Watch
 from poise.pipeline.spool import Spool
 
-HELD = 3 << 29
+HELD = 1 << 30
 """Bytes that runs which wait inside a block may hold, in all."""
 READ = 1 << 25
 """Bytes of what one input group read that stay in memory."""
