@@ -7,15 +7,13 @@ models are judged, and on a second domain that nothing was calibrated on: docstr
 stands in ``judging``. All start from one folder of float16 weights, so that all store 16-bit scales; peers get the first tokens of the text that Poise
 gets, run in environments of their own (``benchmarks/peers/install.sh``) and hand back de-quantized weights.
 
-Rows that were measured before on the same text are kept in docs/quality.json; ``--again`` measures them anew. A preset that
-was interrupted goes on where it was; its seconds are those of all attempts.
+Rows that were measured before on the same text are kept in docs/quality.json; ``--again`` measures them anew.
 A row that fails is told at the end, and the program exits with 1.
 """
 
 import argparse
 import hashlib
 import json
-import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -129,9 +127,8 @@ def quantize(material: Material, preset: str, bits: int, group: int) -> tuple[Pa
         "compressed-tensors",
         "-o",
         str(out),
-        "--resume",
+        "--force",
     ]
-    shutil.rmtree(out, ignore_errors=True)
     done = subprocess.run(
         [sys.executable, "-m", "poise", *command, "--json"], check=True, stdout=subprocess.PIPE
     )
