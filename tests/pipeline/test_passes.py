@@ -9,9 +9,10 @@ import torch
 import poise
 from conftest import ARCHITECTURES
 from poise.checkpoints import open_checkpoint
+from poise.core.plan import Plan
 from poise.pipeline import passes as routes
 from poise.pipeline.blocks import Blocks
-from poise.pipeline.passes import Repeated, Waiting, can_wait, held
+from poise.pipeline.passes import Repeated, Waiting, can_wait, held, room
 from poise.pipeline.spool import Spool
 from poise.planning.presets import preset_recipe
 
@@ -80,9 +81,20 @@ def test_runs_wait_where_there_is_room_and_no_router_chooses_tokens(
 ):
     blocks, _, linears, groups, _ = opened(model_factory(name), tmp_path)
     dense = all(blocks.dense(group) for together in groups for group in together)
-    assert can_wait(linears, 100) == dense
-    monkeypatch.setattr(routes, "HELD", held(linears, 100) - 1)
-    assert not can_wait(linears, 100)
+    assert can_wait(linears, 100, held(linears, 100)) == dense
+    assert not can_wait(linears, 100, held(linears, 100) - 1)
+
+
+def test_runs_of_a_plan_may_hold_what_its_training_takes(llama, monkeypatch):
+    checkpoint = open_checkpoint(llama)
+    parameters = sum(info.numel for info in checkpoint.tensors().values())
+
+    def of(tune):
+        return room(checkpoint, Plan(recipe="", exporter="compressed-tensors", rows=(), tune=tune))
+
+    assert of(None) == of("distill(code_rate=0.004)") == routes.HELD  # a small model takes less than that
+    monkeypatch.setattr(routes, "HELD", parameters)
+    assert of(None) == parameters < of("distill") < of("distill(code_rate=0.004)")
 
 
 def test_what_waits_ends_when_it_is_closed(llama, tmp_path):
@@ -148,9 +160,9 @@ def test_blocks_wait_where_there_is_room_and_run_anew_where_not(model_factory, t
             return kind(*args)
 
         monkeypatch.setattr(routes, kind.__name__, noting)
-    for room in (routes.HELD, 0):
-        monkeypatch.setattr(routes, "HELD", room)
-        out = tmp_path / str(room)
+    for most in (routes.HELD, 0):
+        monkeypatch.setattr(routes, "HELD", most)
+        out = tmp_path / str(most)
         poise.quantize(model_factory(name), preset_recipe("balanced", 4, 32), out, to="compressed-tensors")
         record = json.loads(out.with_name(f"{out.name}.run.json").read_text())
         losses.append({item["name"]: item["output_error"] for item in record["matrices"]})

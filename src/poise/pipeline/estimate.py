@@ -17,7 +17,7 @@ from poise.core.registry import build
 from poise.core.run import peak_memory
 from poise.core.stats import Stats
 from poise.pipeline.blocks import rounded_products
-from poise.pipeline.passes import READ, can_wait, held
+from poise.pipeline.passes import READ, can_wait, held, room
 from poise.pipeline.reading import Reading, reads, tokens_of, wants_hessian
 from poise.pipeline.spool import MEMORY
 from poise.pipeline.stream import BATCH_TOKENS
@@ -39,10 +39,6 @@ WRITING = 2
 """Layers of a block that write to the residual stream, which is kept for each."""
 WRITE_RATE = 3e9
 """Bytes of weights and cache a second that writing text reads."""
-TRAINED = 12
-"""Bytes a weight of training: original in float32, what parameters multiply, gradients."""
-LEARNED = 26
-"""Further bytes a weight where codes are trained: places, gradients, Adam's two means, levels and their distances."""
 KEPT = 16
 """Bytes a weight of the state from which training goes on: places, the best ones, Adam's two means."""
 PASSES = 6
@@ -117,16 +113,17 @@ def _reading_cost(checkpoint: Checkpoint, plan: Plan, reading: Reading) -> tuple
         if linear.block is not None:
             blocks.setdefault(linear.block, []).append(linear)
     weights = sum(linear.numel for block in blocks.values() for linear in block)
+    everything = sum(info.numel for info in checkpoint.tensors().values())
+    most = room(checkpoint, plan)
     passes, products = 1.0, 0.0
     planned = {row.name: row for row in plan.quantized}
     groups = {linears[name].input_group: linears[name].columns for name in planned}
     if wants_hessian(plan):
-        waits = all(can_wait(block, tokens) for block in blocks.values())
+        waits = all(can_wait(block, tokens, most) for block in blocks.values())
         passes += 1.0 if waits else REREAD
         products = sum(2.0 * columns**2 for columns in groups.values())
     seconds = BESIDE * 2 * tokens * (weights * passes + products) / _rate(torch.float32)
-    memory, spilled = _stream_memory(list(blocks.values()), planned, tokens, wants_hessian(plan))
-    everything = sum(info.numel for info in checkpoint.tensors().values())
+    memory, spilled = _stream_memory(list(blocks.values()), planned, tokens, wants_hessian(plan), most)
     if reading.lacking:
         width = sum(
             linear.rows for linear in linears.values() if linear.role in ("attention.k", "attention.v")
@@ -147,15 +144,16 @@ def _reading_cost(checkpoint: Checkpoint, plan: Plan, reading: Reading) -> tuple
         width = min(linear.columns for block in blocks.values() for linear in block)
         hidden = 2 * width * (len(blocks) // TAUGHT) * read if steps.hidden else 0
         spilled = max(spilled, hidden + (KEPT * weights if steps.code_rate else 0))
-        memory = max(memory, (TRAINED + (LEARNED if steps.code_rate else 0)) * everything)
+        memory = max(memory, steps.memory(checkpoint))
     return seconds, memory, spilled
 
 
 def _stream_memory(
-    blocks: Sequence[Sequence[Linear]], planned: dict[str, PlanRow], tokens: int, hessian: bool
+    blocks: Sequence[Sequence[Linear]], planned: dict[str, PlanRow], tokens: int, hessian: bool, most: int
 ) -> tuple[int, int]:
-    """Bytes of memory and disk of the widest block: its weights, hidden states, statistics and their factor."""
-    most, spilled = 0, 0
+    """Bytes of memory and disk of the widest block: its weights, hidden states, statistics and their factor; runs may hold
+    ``most``."""
+    widest, spilled = 0, 0
     for block in blocks:
         hidden = min(linear.columns for linear in block)
         states = 4 * tokens * hidden
@@ -167,7 +165,7 @@ def _stream_memory(
         groups = {linear.input_group: linear.columns for linear in block if linear.name in planned}
         if hessian and groups:
             n = max(groups.values())
-            need += held(block, tokens) if can_wait(block, tokens) else 0
+            need += held(block, tokens) if can_wait(block, tokens, most) else 0
             need += sum(min(4 * tokens * columns, READ) for columns in groups.values())
             disk += sum(max(0, 4 * tokens * columns - READ) for columns in groups.values())
             need += n * n * (4 + 4 + 8 + 4)  # both moments; the factor in float64, and as it is kept
@@ -175,8 +173,8 @@ def _stream_memory(
             kept = [states] * (WRITING + 1) + [4 * tokens * n]
             need += sum(min(size, READ) for size in kept) + 4 * largest
             disk += sum(max(0, size - READ) for size in kept)
-        most, spilled = max(most, need), max(spilled, disk)
-    return most + LIBRARIES, spilled
+        widest, spilled = max(widest, need), max(spilled, disk)
+    return widest + LIBRARIES, spilled
 
 
 def _rate(dtype: torch.dtype) -> float:

@@ -6,12 +6,15 @@ from pathlib import Path
 
 from torch import Tensor
 
+from poise.core.checkpoint import Checkpoint
 from poise.core.linear import Linear
+from poise.core.plan import Plan
 from poise.pipeline.blocks import Blocks, Reached, Watch
 from poise.pipeline.spool import Spool
+from poise.training.distill import distill_of
 
 HELD = 1 << 30
-"""Bytes that runs which wait inside a block may hold, in all."""
+"""Bytes that runs which wait inside a block may hold in all, if nothing else takes more."""
 READ = 1 << 25
 """Bytes of what one input group read that stay in memory."""
 
@@ -21,10 +24,15 @@ def held(linears: Iterable[Linear], tokens: int) -> int:
     return 4 * tokens * sum(linear.rows for linear in linears)
 
 
-def can_wait(linears: Sequence[Linear], tokens: int) -> bool:
-    """Whether runs can wait in a block, given all its linears: there is room, and no experts, whose inputs are known only when
-    they have run."""
-    return held(linears, tokens) <= HELD and not any(linear.role.startswith("expert.") for linear in linears)
+def room(checkpoint: Checkpoint, plan: Plan) -> int:
+    """Bytes that runs may hold: what training will take afterwards, if there is one, and little otherwise."""
+    return HELD if plan.tune is None else max(HELD, distill_of(plan.tune).memory(checkpoint))
+
+
+def can_wait(linears: Sequence[Linear], tokens: int, most: int) -> bool:
+    """Whether runs can wait in a block, given all its linears and the bytes they may hold: there is room, and no experts, whose
+    inputs are known only when they have run."""
+    return held(linears, tokens) <= most and not any(linear.role.startswith("expert.") for linear in linears)
 
 
 class Reads:
@@ -204,6 +212,7 @@ def passes_of(
     groups: Sequence[Sequence[str]],
     writers: Sequence[str],
     tokens: int,
+    most: int,
     folder: Path,
 ) -> Waiting | Repeated:
     """How hidden states go through the open block: with stops, if runs can wait there; to be closed.
@@ -212,8 +221,9 @@ def passes_of(
         linears: all of the block.
         groups: input groups in the order in which they are read; those in one list together.
         tokens: of all hidden states.
+        most: bytes that runs may hold; see ``room``.
         folder: see ``Repeated``.
     """
-    if can_wait(linears, tokens):
+    if can_wait(linears, tokens, most):
         return Waiting(blocks, hidden, [name for together in groups for name in together], writers)
     return Repeated(blocks, hidden, groups, writers, folder)

@@ -24,7 +24,7 @@ from poise.core.stats import Stats
 from poise.pipeline.blocks import Blocks, Watch
 from poise.pipeline.gradients import squared_gradients
 from poise.pipeline.moments import Moments, Weighed
-from poise.pipeline.passes import Reads, passes_of
+from poise.pipeline.passes import Reads, passes_of, room
 from poise.pipeline.progress import Progress
 from poise.pipeline.solving import solve_matrix
 from poise.pipeline.spool import Spool
@@ -86,7 +86,7 @@ class _Work:
     """The matrices of a plan, and what is done of them."""
 
     def __init__(self, checkpoint: Checkpoint, plan: Plan, workspace: Workspace, progress: Progress) -> None:
-        self.checkpoint = checkpoint
+        self.checkpoint, self.plan = checkpoint, plan
         self.workspace = workspace
         self.progress = progress
         self.linears = {linear.name: linear for linear in checkpoint.linears()}
@@ -132,6 +132,7 @@ class _Stream:
         self.feeds = any("hessian" in want for want in wants)
         """Whether layers read what quantized layers before them give; else all read the original's."""
         self.crosses = any("cross" in want for want in wants)
+        self.room = room(work.checkpoint, work.plan)
         folder = work.workspace.path / "stream"
         self.original = Spool(folder / "original")
         self.quantized = Spool(folder / "quantized")
@@ -203,6 +204,7 @@ class _Stream:
             groups,
             writers,
             self.calibration.tokens,
+            self.room,
             self.folder / "last",
         )
         with closing(passes):

@@ -18,7 +18,7 @@ from poise.core.topology import Topology
 from poise.core.transform import Material, Read, Rewrite, Transform
 from poise.pipeline.blocks import Blocks
 from poise.pipeline.moments import Moments
-from poise.pipeline.passes import passes_of
+from poise.pipeline.passes import passes_of, room
 from poise.pipeline.progress import Progress
 from poise.pipeline.spool import Spool
 from poise.pipeline.stream import BATCH_TOKENS, Calibration
@@ -151,7 +151,7 @@ class _Corrections:
         self.topology = find_topology(original)
         self.rows = {row.name: row for row in plan.quantized}
         self.blocks, self.linears = Blocks(original), _by_block(original)
-        self.read = _reader(original)
+        self.read, self.room = _reader(original), room(original, plan)
 
     def run(self, progress: Progress) -> list[Rewrite]:
         length = len(self.calibration.windows[0])
@@ -186,6 +186,7 @@ class _Corrections:
             groups,
             (),
             self.calibration.tokens,
+            self.room,
             self.workspace.path / "stream" / "last",
         )
         with closing(passes):

@@ -2,7 +2,8 @@
 
     fast       no data of yours: error feedback with a thousand tokens of the short built-in text, hardly believed. Seconds.
     balanced   the same under the Hessian of more text, then coordinate descent. Minutes.
-    best       the same on more text, then codes, scales and norms are tuned to the original's answers. Up to hours.
+    best       the same on more text, then scales and norms are tuned to the original's answers, and codes where levels are few.
+               Up to hours.
 
 The embedding, the head and routers are left alone.
 """
@@ -21,6 +22,7 @@ class Preset:
         solver: spec of the solver, or of a chain.
         tokens: of calibration text.
         tune: spec of what follows after all layers, or None.
+        few: the same where levels are ``FEW``.
         cost: for people.
     """
 
@@ -28,6 +30,7 @@ class Preset:
     tokens: int
     tune: str | None
     cost: str
+    few: str | None = None
 
 
 PRESETS = {
@@ -46,10 +49,15 @@ PRESETS = {
     "best": Preset(
         solver="gptaq(groups='twice', damp=0.2) -> refine(damp=0.2)",
         tokens=131072,
-        tune="distill(steps=520, code_rate=0.004, hidden=5.0, reads=5)",
+        tune="distill(steps=260, batch=1024, hidden=5.0)",
+        few="distill(steps=520, code_rate=0.004, hidden=5.0, reads=5)",
         cost="up to hours for a model of 100 million weights; memory of the whole model",
     ),
 }
+
+FEW = 2
+"""Bits at which codes are worth training. Of more levels a code's gradient is lost among those of the text's other words:
+after hundreds of steps a thousandth of them had moved, by chance (docs/lab.md)."""
 
 BLOCKS = {4: ("q4_k", "q4_1"), 3: ("q3_k",), 2: ("q2_k", "q2_0")}
 """Types of llama.cpp near a number of bits, for containers that hold no other integers."""
@@ -81,6 +89,6 @@ def preset_recipe(name: str, bits: int = 4, group: int = 64) -> Recipe:
         name=f"{name}-{bits}bit",
         description=f"{bits}-bit integers in groups of {group}; {preset.cost}",
         rules=(*keep, rule),
-        tune=preset.tune,
+        tune=preset.few if preset.few is not None and bits <= FEW else preset.tune,
         tokens=preset.tokens,
     )

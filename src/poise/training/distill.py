@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.nn.utils import parametrize
 
+from poise.core.checkpoint import Checkpoint
 from poise.core.errors import PoiseError, UsageError
 from poise.core.format import Format, Params, QTensor
 from poise.core.registry import parse_spec
@@ -28,6 +29,10 @@ from poise.training._codes import LearnedWeight
 from poise.training._descent import Descent
 from poise.training.precision import product_dtype, products
 
+TRAINED = 12
+"""Bytes a parameter of the model: original in float32, what parameters multiply, gradients."""
+LEARNED = 26
+"""Further bytes where codes are trained: places, gradients, Adam's two means, levels and their distances."""
 POSITIONS = 256
 """Whose logits are in memory at a time."""
 LOGITS = 1 << 20
@@ -110,6 +115,14 @@ class Distill:
     def tokens(self) -> int:
         """Of text that training would read without reading any twice."""
         return round(self.steps * self.batch / (1 - self.held))
+
+    def memory(self, checkpoint: Checkpoint) -> int:
+        """Bytes that training a model takes, about: with its weights, and with what a step's tokens put into linears and out."""
+        parameters = sum(info.numel for info in checkpoint.tensors().values())
+        kept = sum(
+            linear.rows + linear.columns for linear in checkpoint.linears() if linear.block is not None
+        )
+        return (TRAINED + (LEARNED if self.code_rate else 0)) * parameters + 4 * self.batch * kept
 
     def judging(self, windows: int) -> int:
         """How many of the windows judge: the last ones."""
