@@ -18,6 +18,7 @@ from poise.training.distill import (
     _attach,
     _Divergence,
     _error,
+    _Lesson,
     _states,
     answers,
     distill_of,
@@ -83,6 +84,31 @@ def test_the_divergence_and_its_gradient_are_those_of_autograd(positions, logits
     expected.backward()
     assert torch.allclose(found, expected, rtol=1e-5)
     assert torch.allclose(gradient, states.grad, atol=1e-6)
+
+
+def test_answers_are_taught_among_the_words_of_the_windows_and_judged_among_all(pair, monkeypatch):
+    model, original = pair
+    monkeypatch.setattr(distill, "WORDS", 50)
+    ids = torch.tensor(text(0))
+    student = copy.deepcopy(model)
+    with torch.no_grad():
+        student.model.norm.weight.mul_(1.1)
+    lesson = _Lesson(student, original, ids, 0.0)
+    seen = set(ids.flatten().tolist()) | set(range(0, len(original.head), 50))
+    assert lesson.words.tolist() == sorted(seen)
+    assert len(seen) < len(original.head)
+
+    def among(words):
+        with torch.no_grad(), products():
+            states = student.base_model(ids[:2]).last_hidden_state.float()
+        ours = torch.log_softmax(states @ lesson.head[words].float().T, -1)
+        theirs = torch.log_softmax(original.states[:2].float() @ original.head[words].float().T, -1)
+        return float((theirs.exp() * (theirs - ours)).sum(-1).mean())
+
+    everything = torch.arange(len(original.head))
+    assert float(lesson.loss([0, 1]).detach()) == pytest.approx(among(lesson.words), rel=0.05)
+    assert lesson.judge([0, 1], 2) == pytest.approx(among(everything), rel=0.05)
+    assert among(everything) > 0
 
 
 @pytest.mark.parametrize("spec", SPECS)

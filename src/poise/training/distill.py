@@ -37,6 +37,8 @@ POSITIONS = 256
 """Whose logits are in memory at a time."""
 LOGITS = 1 << 20
 """That are made distributions at a time: they stay in the cache, however many words a vocabulary has."""
+WORDS = 16
+"""Of the words that no window has one in so many is taught."""
 TAUGHT = 3
 """Of so many blocks one's hidden states are taught."""
 LEVELS = 8
@@ -205,7 +207,10 @@ class Distill:
 
 
 class _Lesson:
-    """What a model is taught: the original's answers to windows.
+    """What a model is taught: the original's answers to windows, among the words that the windows have and some others.
+
+    A head multiplies with every word of the vocabulary, of which a text has a fraction. Its words tell far more than the state
+    behind an answer has numbers, so what others would say follows. Judged are answers among all words.
 
     Args:
         ids: the windows, [windows, length].
@@ -215,11 +220,14 @@ class _Lesson:
     def __init__(self, model: Any, original: Answers, ids: Tensor, hidden: float) -> None:
         self.model, self.original, self.ids, self.hidden = model, original, ids, hidden
         self.head = _head(model)
+        self.words = _words(ids, len(self.head))
+        self.taught = self.head[self.words], original.head[self.words]
 
     def loss(self, some: list[int]) -> Tensor:
         """Of some windows: their divergence, and the hidden states' error if those are taught."""
         states, inner = _states(self.model, self.ids[some], self.original.inner is not None)
-        loss = self._divergence(states, some)
+        ours, theirs = self.taught
+        loss = divergence(states, ours, self.original.states[some], theirs)
         if self.original.inner is None:
             return loss
         return loss + self.hidden * _error(inner, self.original.inner[some].transpose(0, 1))
@@ -230,11 +238,9 @@ class _Lesson:
         total = 0.0
         for start in range(0, len(some), batch):
             part = some[start : start + batch]
-            total += len(part) * float(self._divergence(_states(self.model, self.ids[part])[0], part))
+            states, wanted = _states(self.model, self.ids[part])[0], self.original.states[part]
+            total += len(part) * float(divergence(states, self.head, wanted, self.original.head))
         return total / len(some)
-
-    def _divergence(self, states: Tensor, some: list[int]) -> Tensor:
-        return divergence(states, self.head, self.original.states[some], self.original.head)
 
 
 def distill_of(spec: str) -> Distill:
@@ -318,6 +324,14 @@ def _error(states: list[Tensor], wanted: Tensor) -> Tensor:
         error = (ours.float() - theirs.float()).square().sum(-1) / size
         total = total + (error.sum(-1) / size.sum(-1)).mean()
     return total / max(1, len(states))
+
+
+def _words(ids: Tensor, vocabulary: int) -> Tensor:
+    """Those that the windows have and every ``WORDS`` th, ascending."""
+    taught = torch.zeros(vocabulary, dtype=torch.bool)
+    taught[::WORDS] = True
+    taught[ids.flatten()] = True
+    return taught.nonzero().flatten()
 
 
 def _head(model: Any) -> Tensor:
