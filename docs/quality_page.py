@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from poise.planning.presets import PRESETS
+from poise.planning.presets import FEW, PRESETS
 
 FOLDER = Path(__file__).parent
 
@@ -32,8 +32,10 @@ def presets() -> str:
     """What each preset does."""
     rows = ["| preset | solver | tokens | tuning | cost |", "|---|---|---:|---|---|"]
     for name, preset in PRESETS.items():
+        tunings = [f"`{preset.tune}`" if preset.tune else "none"]
+        tunings += [f"at {FEW} bits `{preset.few}`"] if preset.few else []
         rows.append(
-            f"| `{name}` | `{preset.solver}` | {preset.tokens} | {preset.tune or 'none'} | {preset.cost} |"
+            f"| `{name}` | `{preset.solver}` | {preset.tokens} | {'; '.join(tunings)} | {preset.cost} |"
         )
     return "\n".join(rows)
 
@@ -79,12 +81,16 @@ def quality_parts(facts: dict[str, Any]) -> list[str]:
 
 def changed_since(rows: list[dict[str, Any]]) -> list[str]:
     """A sentence for each row whose preset is another by now."""
-    return [
-        f"The row of `{row['preset']}` at {row['bits']} bits was measured when its {key} was `{row[key]}`."
-        for row in rows
-        for key in ("solver", "tune")
-        if row.get(key) and row["preset"] in PRESETS and row[key] != getattr(PRESETS[row["preset"]], key)
-    ]
+    found = []
+    for row in rows:
+        if row["preset"] in PRESETS:
+            preset = PRESETS[row["preset"]]
+            for key, now in (("solver", preset.solver), ("tune", preset.tuning(row["bits"]))):
+                if row.get(key) and row[key] != now:
+                    found.append(
+                        f"The row of `{row['preset']}` at {row['bits']} bits was measured when its {key} was `{row[key]}`."
+                    )
+    return found
 
 
 def second_parts(facts: dict[str, Any]) -> list[str]:

@@ -3,7 +3,9 @@
 import pytest
 
 from poise.core.errors import UsageError
+from poise.planning.presets import preset_recipe
 from poise.planning.recipe import load_recipe, shipped_recipes
+from poise.training.distill import distill_of
 
 
 def test_shipped_recipes_load():
@@ -52,3 +54,10 @@ def test_an_unknown_recipe_offers_the_nearest():
         load_recipe("moblie")
     with pytest.raises(UsageError, match=r"gone\.yaml: cannot be read"):
         load_recipe("gone.yaml")
+
+
+def test_best_trains_codes_where_levels_are_few_and_scales_everywhere():
+    rates = {bits: distill_of(str(preset_recipe("best", bits).tune)).code_rate for bits in (2, 3, 4, 8)}
+    assert rates.pop(2) > 0
+    assert set(rates.values()) == {0.0}
+    assert preset_recipe("balanced", 2).tune is None

@@ -13,6 +13,10 @@ from dataclasses import dataclass
 from poise.core.errors import UsageError
 from poise.core.plan import Option, Recipe, Rule
 
+FEW = 2
+"""Bits up to which codes are worth training. Among more levels the gradient of a single code is lost in noise: after hundreds of
+steps a thousandth of them had moved, by chance (docs/lab.md)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
@@ -22,7 +26,7 @@ class Preset:
         solver: spec of the solver, or of a chain.
         tokens: of calibration text.
         tune: spec of what follows after all layers, or None.
-        few: the same where levels are ``FEW``.
+        few: instead of it where levels are few; None if nothing changes.
         cost: for people.
     """
 
@@ -31,6 +35,10 @@ class Preset:
     tune: str | None
     cost: str
     few: str | None = None
+
+    def tuning(self, bits: int) -> str | None:
+        """Spec of what follows after all layers of so many bits."""
+        return self.few if self.few is not None and bits <= FEW else self.tune
 
 
 PRESETS = {
@@ -54,10 +62,6 @@ PRESETS = {
         cost="up to hours for a model of 100 million weights; memory of the whole model",
     ),
 }
-
-FEW = 2
-"""Bits at which codes are worth training. Of more levels a code's gradient is lost among those of the text's other words:
-after hundreds of steps a thousandth of them had moved, by chance (docs/lab.md)."""
 
 BLOCKS = {4: ("q4_k", "q4_1"), 3: ("q3_k",), 2: ("q2_k", "q2_0")}
 """Types of llama.cpp near a number of bits, for containers that hold no other integers."""
@@ -89,6 +93,6 @@ def preset_recipe(name: str, bits: int = 4, group: int = 64) -> Recipe:
         name=f"{name}-{bits}bit",
         description=f"{bits}-bit integers in groups of {group}; {preset.cost}",
         rules=(*keep, rule),
-        tune=preset.few if preset.few is not None and bits <= FEW else preset.tune,
+        tune=preset.tuning(bits),
         tokens=preset.tokens,
     )
