@@ -81,16 +81,13 @@ def quality_parts(facts: dict[str, Any]) -> list[str]:
 
 def changed_since(rows: list[dict[str, Any]]) -> list[str]:
     """A sentence for each row whose preset is another by now."""
-    found = []
-    for row in rows:
-        if row["preset"] in PRESETS:
-            preset = PRESETS[row["preset"]]
-            for key, now in (("solver", preset.solver), ("tune", preset.tuning(row["bits"]))):
-                if row.get(key) and row[key] != now:
-                    found.append(
-                        f"The row of `{row['preset']}` at {row['bits']} bits was measured when its {key} was `{row[key]}`."
-                    )
-    return found
+    known = [(row, PRESETS[row["preset"]]) for row in rows if row["preset"] in PRESETS]
+    return [
+        f"The row of `{row['preset']}` at {row['bits']} bits was measured when its {key} was `{row[key]}`."
+        for row, preset in known
+        for key, now in (("solver", preset.solver), ("tune", preset.tuning(row["bits"])))
+        if row.get(key) and row[key] != now
+    ]
 
 
 def second_parts(facts: dict[str, Any]) -> list[str]:

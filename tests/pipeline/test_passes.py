@@ -76,9 +76,7 @@ def test_runs_that_wait_go_on_with_what_was_put_meanwhile(model_factory, tmp_pat
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_runs_wait_where_there_is_room_and_no_router_chooses_tokens(
-    model_factory, tmp_path, monkeypatch, name
-):
+def test_runs_wait_where_there_is_room_and_no_router_chooses_tokens(model_factory, tmp_path, name):
     blocks, _, linears, groups, _ = opened(model_factory(name), tmp_path)
     dense = all(blocks.dense(group) for together in groups for group in together)
     assert can_wait(linears, 100, held(linears, 100)) == dense

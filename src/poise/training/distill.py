@@ -38,7 +38,7 @@ POSITIONS = 256
 LOGITS = 1 << 20
 """That are made distributions at a time: they stay in the cache, however many words a vocabulary has."""
 WORDS = 16
-"""Of the words that no window has one in so many is taught."""
+"""Of the words that no window has, one in so many is taught."""
 TAUGHT = 3
 """Of so many blocks one's hidden states are taught."""
 LEVELS = 8
