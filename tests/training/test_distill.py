@@ -94,7 +94,7 @@ def test_answers_are_taught_among_the_words_of_the_windows_and_judged_among_all(
     student = copy.deepcopy(model)
     with torch.no_grad():
         student.model.norm.weight.mul_(1.1)
-        student.get_output_embeddings().weight[51:100].mul_(2)  # no word of the windows, nor one of the others
+        student.get_output_embeddings().weight[51:100].mul_(2)  # no taught words
     lesson = _Lesson(student, original, ids, 0.0)
     seen = set(ids.flatten().tolist()) | set(range(0, len(original.head), 50))
     assert lesson.words.tolist() == sorted(seen)
