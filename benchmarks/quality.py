@@ -8,6 +8,7 @@ stands in ``judging``. All start from one folder of float16 weights, so that all
 gets, run in environments of their own (``benchmarks/peers/install.sh``) and hand back de-quantized weights.
 
 Rows that were measured before on the same text are kept in docs/quality.json; ``--again`` measures them anew.
+``--resume`` goes on with a run of Poise that was interrupted; its seconds are those of all its parts.
 A row that fails is told at the end, and the program exits with 1.
 """
 
@@ -108,7 +109,9 @@ def prepare(text: str, tokens: int, seed: int) -> Material:
     return Material(model=model, text=file, tokens=ids, key=key, seed=seed)
 
 
-def quantize(material: Material, preset: str, bits: int, group: int) -> tuple[Path, dict[str, Any]]:
+def quantize(
+    material: Material, preset: str, bits: int, group: int, resume: bool
+) -> tuple[Path, dict[str, Any]]:
     """The exported model; seconds from the first token that is read to the last code, as peers count theirs; bits a weight
     of its linears."""
     out = WORK / f"{preset}-{bits}"
@@ -129,6 +132,8 @@ def quantize(material: Material, preset: str, bits: int, group: int) -> tuple[Pa
         str(out),
         "--force",
     ]
+    if resume and out.with_name(f"{out.name}.partial").exists():
+        command.append("--resume")
     done = subprocess.run(
         [sys.executable, "-m", "poise", *command, "--json"], check=True, stdout=subprocess.PIPE
     )
@@ -141,7 +146,7 @@ def quantize(material: Material, preset: str, bits: int, group: int) -> tuple[Pa
         "tune": plan["tune"],
         "stored": artifact["manifest"]["linear_bits_per_weight"],
         "seconds": sum(value for stage, value in run["stages"].items() if stage != "export"),
-        "seconds_in_all": run["wall_seconds"],
+        "seconds_in_all": max(run["wall_seconds"], sum(run["stages"].values())),
     }
 
 
@@ -217,6 +222,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=24, help="of each text that is judged")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--again", action="store_true", help="measure rows that were measured before")
+    parser.add_argument("--resume", action="store_true", help="go on with interrupted runs of Poise")
     arguments = parser.parse_args()
     if arguments.text is None or not arguments.text.is_file():
         raise SystemExit(
@@ -232,9 +238,11 @@ def main() -> None:
         for name in chosen(arguments.only):
             if (name, bits) in rows and not arguments.again:
                 continue
-            make = drive if name in PEERS else quantize
             try:
-                model, facts = make(material, name, bits, 64)
+                if name in PEERS:
+                    model, facts = drive(material, name, bits, 64)
+                else:
+                    model, facts = quantize(material, name, bits, 64, arguments.resume)
             except subprocess.CalledProcessError as error:
                 failed.append(f"{name} at {bits} bits: {error}")
                 continue
