@@ -8,7 +8,8 @@ stands in ``judging``. All start from one folder of float16 weights, so that all
 gets, run in environments of their own (``benchmarks/peers/install.sh``) and hand back de-quantized weights.
 
 Rows that were measured before on the same text are kept in docs/quality.json; ``--again`` measures them anew.
-``--resume`` goes on with a run of Poise that was interrupted; its seconds are those of all its parts.
+``--resume`` goes on with an interrupted run of Poise, which the same code has to have begun; its seconds are those of all
+its parts.
 A row that fails is told at the end, and the program exits with 1.
 """
 
