@@ -40,6 +40,12 @@ def text(seed, count=24, length=48):
     return torch.randint(3, 320, (count, length), generator=dice).tolist()
 
 
+def sixteen(*, scale_rate=5e-3, norm_rate=5e-4, code_rate=0.0, **settings):
+    """A training in which sixteen levels learn at these rates."""
+    rates = {"scale_rate": scale_rate, "norm_rate": norm_rate, "code_rate": code_rate}
+    return Distill(batch=192, **settings, **{key: FINE * rate for key, rate in rates.items()})
+
+
 @pytest.fixture
 def pair(model_factory):
     """The tiny Llama as a trainable model, and what it says to the text."""
@@ -138,7 +144,7 @@ def test_tuning_mends_spoiled_scales_and_keeps_the_codes(pair, spec):
     model, original = pair
     weights = {name: spoiled(weight) for name, weight in quantized(model, spec).items()}
     seen = []
-    tuned = Distill(steps=30, batch=192, every=10, scale_rate=FINE * 5e-3, norm_rate=FINE * 5e-4).run(
+    tuned = sixteen(steps=30, every=10).run(
         model, original, weights, frozenset(), text(0), lambda *facts: seen.append(facts)
     )
     assert tuned.after < 0.7 * tuned.before
@@ -197,14 +203,7 @@ def test_learned_codes_find_back_from_spoiled_ones(pair):
         weights[name] = dataclasses.replace(weight, codes=codes)
     fresh, found = copy.deepcopy(model), []
     for student, rate in ((model, 0.0), (fresh, 0.02)):
-        recipe = Distill(
-            steps=40,
-            batch=192,
-            every=10,
-            scale_rate=FINE * 1e-2,
-            norm_rate=FINE * 1e-3,
-            code_rate=FINE * rate,
-        )
+        recipe = sixteen(steps=40, every=10, scale_rate=1e-2, norm_rate=1e-3, code_rate=rate)
         found.append(recipe.run(student, original, weights, frozenset(), text(0), lambda *_: None))
     frozen, learned = found
     assert abs(frozen.before - learned.before) < 0.02 * frozen.before
@@ -224,14 +223,7 @@ def test_processors_without_bfloat16_train_in_float32_to_the_same_end(pair, code
         original = answers(student, text(0), lambda *_: None)
         assert original.states.dtype == original.head.dtype == dtype
         weights = {name: spoiled(weight) for name, weight in quantized(student, SPECS[1]).items()}
-        recipe = Distill(
-            steps=30,
-            batch=192,
-            every=10,
-            scale_rate=FINE * 5e-3,
-            norm_rate=FINE * 5e-4,
-            code_rate=FINE * code_rate,
-        )
+        recipe = sixteen(steps=30, every=10, code_rate=code_rate)
         found.append(recipe.run(student, original, weights, frozenset(), text(0), lambda *_: None))
     single, half = found
     assert single.before == pytest.approx(half.before, rel=0.02)
@@ -271,9 +263,7 @@ def test_hidden_states_that_are_taught_come_nearer_to_the_original(pair, monkeyp
     errors = []
     for original, hidden in ((plain, 0.0), (taught, 10.0)):
         student = copy.deepcopy(model)
-        recipe = Distill(
-            steps=30, batch=192, every=10, scale_rate=FINE * 5e-3, norm_rate=FINE * 5e-4, hidden=hidden
-        )
+        recipe = sixteen(steps=30, every=10, hidden=hidden)
         tuned = recipe.run(student, original, weights, frozenset(), text(0), lambda *_: None)
         assert tuned.after < 0.9 * tuned.before
         with torch.no_grad():
@@ -290,7 +280,7 @@ def test_a_model_of_few_blocks_is_taught_its_answers_alone(pair, tmp_path):
 def test_interrupted_training_goes_on_to_the_same_result(pair, tmp_path):
     model, original = pair
     weights = {name: spoiled(weight) for name, weight in quantized(model, SPECS[1]).items()}
-    recipe = Distill(steps=9, batch=192, every=3, code_rate=FINE * 0.01)
+    recipe = sixteen(steps=9, every=3, scale_rate=1.5e-3, code_rate=0.01)
     other, fresh, steps = copy.deepcopy(model), copy.deepcopy(model), []
     whole = recipe.run(copy.deepcopy(model), original, weights, frozenset(), text(0), lambda *_: None)
 
@@ -345,7 +335,7 @@ def test_training_that_only_hurts_is_given_up(pair):
     model, original = pair
     weights = quantized(model, SPECS[1])
     norms = {name: value.detach().clone() for name, value in model.named_parameters() if value.dim() == 1}
-    wild = Distill(steps=4, batch=192, every=2, scale_rate=50.0, norm_rate=50.0)
+    wild = sixteen(steps=4, every=2, scale_rate=25.0, norm_rate=25.0)
     tuned = wild.run(model, original, weights, frozenset(), text(0), lambda *_: None)
     assert tuned.after == tuned.before
     assert tuned.steps == 0
