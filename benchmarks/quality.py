@@ -261,7 +261,12 @@ def write(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> list[dic
     """The rows as they stand in the page, each compared with the best peer."""
     table = sorted(rows, key=lambda row: (-row["bits"], row["held-out"]["kl"]))
     against_best_peer(table)
-    facts = {"versions": versions(), "calibration_tokens": arguments.calibration_tokens, "rows": table}
+    facts = {
+        "versions": versions(),
+        "calibration_tokens": arguments.calibration_tokens,
+        "peers": list(PEERS),
+        "rows": table,
+    }
     OUT.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     return table
 

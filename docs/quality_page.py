@@ -58,13 +58,7 @@ def quality_parts(facts: dict[str, Any]) -> list[str]:
             f"| {name} | {row['bits']} | {row['stored']:.2f} | {row['seconds']:.0f} "
             f"| {held['kl']:.4f} ± {held['half']:.4f} | {share} | {held['top1']:.3f} | {other['kl']:.4f} ± {other['half']:.4f} |"
         )
-    older = changed_since(facts["rows"])
-    widths: dict[str, set[int]] = {}
-    for row in facts["rows"]:
-        widths.setdefault(row["preset"], set()).add(row["bits"])
-    every = set().union(*widths.values())
-    lacking = [f"{name} at {bits} bits" for name, known in widths.items() for bits in sorted(every - known)]
-    older += [f"Not measured, so that the best peer may be better: {', '.join(lacking)}."] if lacking else []
+    older = [*changed_since(facts["rows"]), *not_measured(facts)]
     count = facts["rows"][0]["held-out"]["windows"]
     return [
         "## What they lose",
@@ -77,6 +71,19 @@ def quality_parts(facts: dict[str, Any]) -> list[str]:
         "\n".join(rows),
         *older,
     ]
+
+
+def not_measured(facts: dict[str, Any]) -> list[str]:
+    """A sentence on the peers' recipes that are driven but stand in no row."""
+    known = {(row["preset"], row["bits"]) for row in facts["rows"]}
+    widths = sorted({bits for _, bits in known}, reverse=True)
+    lacking = {name: [bits for bits in widths if (name, bits) not in known] for name in facts["peers"]}
+    told = [f"{name} at {', '.join(map(str, bits))}" for name, bits in lacking.items() if bits]
+    return (
+        [f"Not measured, so that the best peer may be better, at these bits: {'; '.join(told)}."]
+        if told
+        else []
+    )
 
 
 def changed_since(rows: list[dict[str, Any]]) -> list[str]:
