@@ -58,7 +58,7 @@ PRESETS = {
         solver="gptaq(groups='twice', damp=0.2) -> refine(damp=0.2)",
         tokens=131072,
         tune="distill(steps=260, batch=1024, hidden=5.0)",
-        few="distill(steps=520, code_rate=0.004, hidden=5.0, reads=5)",
+        few="distill(steps=150, code_rate=0.004, hidden=5.0, reads=2)",
         cost="up to hours for a model of 100 million weights; memory of the whole model",
     ),
 }
