@@ -31,6 +31,7 @@ from decoding import default_model
 from judging import LENGTH, Judge, docstrings, halves, ratio
 from poise.calibration.text import Text
 from poise.checkpoints import open_checkpoint
+from poise.core.precision import product_name
 from poise.core.run import versions
 
 HERE = Path(__file__).resolve().parent
@@ -145,6 +146,8 @@ def quantize(
         "kind": "poise",
         "solver": next(row["solver"] for row in plan["rows"] if row["solver"]),
         "tune": plan["tune"],
+        "tokens": plan["tokens"],
+        "on": product_name(),
         "stored": artifact["manifest"]["linear_bits_per_weight"],
         "seconds": sum(value for stage, value in run["stages"].items() if stage != "export"),
         "seconds_in_all": max(run["wall_seconds"], sum(run["stages"].values())),
@@ -178,7 +181,8 @@ def drive(material: Material, name: str, bits: int, group: int) -> tuple[Path, d
             raise subprocess.CalledProcessError(done.returncode, f"{name}: see {log}")
     facts = json.loads((out / "peer.json").read_text(encoding="utf-8"))
     wanted = ("stored", "seconds", "seconds_in_all", "version", "recipe", "settings", "seed", "peak_bytes")
-    return out, {"kind": "peer"} | {fact: facts[fact] for fact in wanted}
+    on = "GPU" if facts["settings"].get("device_map") == "cuda" else ""
+    return out, {"kind": "peer", "on": on} | {fact: facts[fact] for fact in wanted}
 
 
 def chosen(only: list[str] | None) -> list[str]:
@@ -212,6 +216,11 @@ def against_best_peer(rows: list[dict[str, Any]]) -> None:
                     row[text].pop(key, None)
 
 
+def place(row: dict[str, Any]) -> tuple[str, int, str | None]:
+    """What tells a row from others: presets do more where processors multiply bfloat16."""
+    return row["preset"], row["bits"], row["on"] if row["kind"] == "poise" else None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -233,11 +242,12 @@ def main() -> None:
     first, second = halves(arguments.text.read_text(encoding="utf-8"))
     material = prepare(first, arguments.calibration_tokens, arguments.seed)
     before = json.loads(OUT.read_text(encoding="utf-8"))["rows"] if OUT.exists() else []
-    rows = {(row["preset"], row["bits"]): row for row in before if row["key"] == material.key}
+    rows = {place(row): row for row in before if row["key"] == material.key}
     failed, judge = [], None
     for bits in arguments.bits:
         for name in chosen(arguments.only):
-            if (name, bits) in rows and not arguments.again:
+            here = product_name() if name in PRESETS else None
+            if (name, bits, here) in rows and not arguments.again:
                 continue
             try:
                 if name in PEERS:
@@ -250,7 +260,7 @@ def main() -> None:
             texts = {"held-out": second, "docstrings": docstrings()}
             judge = judge or Judge(default_model(), texts, arguments.windows, WORK / "answers")
             row = {"preset": name, "bits": bits, "key": material.key, **facts, **judge.judge(model)}
-            rows[name, bits] = row
+            rows[place(row)] = row
             write(list(rows.values()), arguments)
     show(write(list(rows.values()), arguments))
     if failed:
@@ -277,6 +287,7 @@ def show(rows: list[dict[str, Any]]) -> None:
         "bits",
         "stored",
         "seconds",
+        "on",
         "KL held-out",
         "bar",
         "of best peer",
@@ -292,6 +303,7 @@ def show(rows: list[dict[str, Any]]) -> None:
             str(row["bits"]),
             f"{row['stored']:.2f}",
             f"{row['seconds']:.0f}",
+            row.get("on", ""),
             f"{held['kl']:.4f} ± {held['half']:.4f}",
             "" if bar is None else f"{bar} {'reached' if held['kl'] <= bar else 'MISSED'}",
             f"{held['ratio']:.2f} [{held['ratio_low']:.2f}, {held['ratio_high']:.2f}]"
@@ -301,7 +313,7 @@ def show(rows: list[dict[str, Any]]) -> None:
             f"{held['top1']:.3f}",
             f"{other['kl']:.4f} ± {other['half']:.4f}",
         )
-    Console(width=150).print(table)
+    Console(width=160).print(table)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from poise.planning.presets import FEW, PRESETS
+from poise.planning.presets import FEW, PRESETS, QUICK, preset_of
 
 FOLDER = Path(__file__).parent
 
@@ -15,7 +15,9 @@ def parts() -> list[str]:
         "What solvers and presets gain and cost. All figures come from the programs named below; the models, texts "
         "and protocols stand at their tops.",
         "## Presets",
-        "`poise quantize MODEL --preset NAME --bits B --group G`. Embedding, head and routers are left alone.",
+        "`poise quantize MODEL --preset NAME --bits B --group G`. Embedding, head and routers are left alone. A processor that "
+        "multiplies bfloat16 reads more text in the same time and trains longer; what a run did stands in its plan, and a recipe "
+        "asks for it anywhere.",
         presets(),
     ]
     quality, second, solvers = (FOLDER / f"{name}.json" for name in ("quality", "second_model", "solvers"))
@@ -31,11 +33,13 @@ def parts() -> list[str]:
 def presets() -> str:
     """What each preset does."""
     rows = ["| preset | solver | tokens | tuning | cost |", "|---|---|---:|---|---|"]
-    for name, preset in PRESETS.items():
+    both = {f"`{name}`": preset for name, preset in PRESETS.items()}
+    both |= {f"`{name}` with bfloat16": preset for name, preset in QUICK.items()}
+    for name, preset in both.items():
         tunings = [f"`{preset.tune}`" if preset.tune else "none"]
         tunings += [f"at {FEW} bits `{preset.few}`"] if preset.few else []
         rows.append(
-            f"| `{name}` | `{preset.solver}` | {preset.tokens} | {'; '.join(tunings)} | {preset.cost} |"
+            f"| {name} | `{preset.solver}` | {preset.tokens} | {'; '.join(tunings)} | {preset.cost} |"
         )
     return "\n".join(rows)
 
@@ -43,8 +47,8 @@ def presets() -> str:
 def quality_parts(facts: dict[str, Any]) -> list[str]:
     """The table of `make bench-quality`."""
     rows = [
-        "| | bits | stored bits | seconds | KL, held-out | of the best peer | top-1 | KL, docstrings |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| | bits | stored bits | seconds | on | KL, held-out | of the best peer | top-1 | KL, docstrings |",
+        "|---|---:|---:|---:|---|---:|---:|---:|---:|",
     ]
     for row in facts["rows"]:
         held, other = row["held-out"], row["docstrings"]
@@ -56,7 +60,7 @@ def quality_parts(facts: dict[str, Any]) -> list[str]:
         )
         rows.append(
             f"| {name} | {row['bits']} | {row['stored']:.2f} | {row['seconds']:.0f} "
-            f"| {held['kl']:.4f} ± {held['half']:.4f} | {share} | {held['top1']:.3f} | {other['kl']:.4f} ± {other['half']:.4f} |"
+            f"| {row.get('on', '')} | {held['kl']:.4f} ± {held['half']:.4f} | {share} | {held['top1']:.3f} | {other['kl']:.4f} ± {other['half']:.4f} |"
         )
     older = [*changed_since(facts["rows"]), *not_measured(facts)]
     count = facts["rows"][0]["held-out"]["windows"]
@@ -64,10 +68,11 @@ def quality_parts(facts: dict[str, Any]) -> list[str]:
         "## What they lose",
         f"`make bench-quality TEXT=FILE`, SmolLM2-135M-Instruct, {count} windows of 512 tokens, two cores. KL divergence to "
         "the original in nats a token, with 95 % intervals. `held-out` is the half of the text that was not calibrated on, "
-        "`docstrings` another domain. Peers that calibrate got the first 32768 tokens of the other half, as `balanced`; `best` reads more. They "
-        "ran in environments of their own (`benchmarks/peers/`). Ratios are of the same windows, with 95 % bootstrap intervals. "
+        "`docstrings` another domain. Peers that calibrate got the first 32768 tokens of the other half, as `balanced` without bfloat16; "
+        "`best` reads more. They ran in environments of their own (`benchmarks/peers/`). Ratios are of the same windows, with 95 % bootstrap intervals. "
         "Seconds are of the quantization, reading of text included; those of peers are without loading and writing the model. Rows "
-        "were measured on more than one processor, so that seconds compare roughly; lab.md has `fast` beside HQQ in one run.",
+        "were measured on more than one processor, so that seconds compare roughly; lab.md has `fast` beside HQQ in one run. `on` says "
+        "what Poise's products were made of, which decides how much its presets do, and which peers ran on a GPU.",
         "\n".join(rows),
         *older,
     ]
@@ -88,11 +93,19 @@ def not_measured(facts: dict[str, Any]) -> list[str]:
 
 def changed_since(rows: list[dict[str, Any]]) -> list[str]:
     """A sentence for each row whose preset is another by now."""
-    known = [(row, PRESETS[row["preset"]]) for row in rows if row["preset"] in PRESETS]
+    known = [
+        (row, preset_of(row["preset"], row.get("on") == "bfloat16"))
+        for row in rows
+        if row["preset"] in PRESETS
+    ]
     return [
         f"The row of `{row['preset']}` at {row['bits']} bits was measured when its {key} was `{row[key]}`."
         for row, preset in known
-        for key, now in (("solver", preset.solver), ("tune", preset.tuning(row["bits"])))
+        for key, now in (
+            ("solver", preset.solver),
+            ("tokens", preset.tokens),
+            ("tune", preset.tuning(row["bits"])),
+        )
         if row.get(key) and row[key] != now
     ]
 

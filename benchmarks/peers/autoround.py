@@ -2,7 +2,7 @@
 
 ``default`` and ``light`` are the recipes of that name of its command line, on these tokens instead of its own text;
 ``extended`` turns on the extension that its pages advise at 2 bits. It computes in float32: its default casts the model to
-bfloat16, which would change the weights before they are rounded.
+bfloat16, which would change the weights before they are rounded. It tunes on a GPU where there is one.
 """
 
 import time
@@ -19,7 +19,8 @@ def run(task: Task, **settings: Any) -> Outcome:
 
     windows = task.windows()
     model = AutoModelForCausalLM.from_pretrained(task.model, dtype=torch.float32)
-    settings |= {"batch_size": 8, "seqlen": windows.shape[1], "nsamples": len(windows)}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    settings |= {"batch_size": 8, "seqlen": windows.shape[1], "nsamples": len(windows), "device_map": device}
     batches = [{"input_ids": batch} for batch in windows.split(settings["batch_size"])]
     tuner = AutoRound(
         model,
@@ -30,14 +31,13 @@ def run(task: Task, **settings: Any) -> Outcome:
         dataset=batches,
         seed=task.seed,
         amp=False,
-        device_map="cpu",
         enable_torch_compile=False,
         **settings,
     )
     start = time.perf_counter()
     tuned, _ = tuner.quantize()
     seconds = time.perf_counter() - start
-    weights = dict(tuned.state_dict())
+    weights = {name: weight.cpu() for name, weight in tuned.state_dict().items()}
     for name, module in tuned.named_modules():
         if is_linear(f"{name}.weight") and module.scale.dtype != torch.float16:
             raise SystemExit(f"{name}: scales are {module.scale.dtype}, float16 was counted")

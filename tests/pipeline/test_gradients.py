@@ -69,7 +69,7 @@ def test_the_batch_changes_nothing_but_the_draw(model_factory, monkeypatch):
 
 
 def test_guided_hessians_weigh_tokens(model_factory, tmp_path, stats_seen):  # noqa: F811
-    recipe = preset_recipe("balanced", 3, 32)
+    recipe = preset_recipe("balanced", 3, 32, quick=False)
     rules = tuple(
         dataclasses.replace(rule, solver="guided(runs=2) -> refine") if rule.options else rule
         for rule in recipe.rules
@@ -88,7 +88,7 @@ def test_guided_hessians_weigh_tokens(model_factory, tmp_path, stats_seen):  # n
 
 
 def test_experts_have_no_gradients_and_are_solved_all_the_same(model_factory, tmp_path):
-    recipe = preset_recipe("balanced", 4, 32)
+    recipe = preset_recipe("balanced", 4, 32, quick=False)
     rules = tuple(
         dataclasses.replace(rule, solver="guided") if rule.options else rule for rule in recipe.rules
     )

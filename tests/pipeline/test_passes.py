@@ -161,7 +161,9 @@ def test_blocks_wait_where_there_is_room_and_run_anew_where_not(model_factory, t
     for most in (routes.HELD, 0):
         monkeypatch.setattr(routes, "HELD", most)
         out = tmp_path / str(most)
-        poise.quantize(model_factory(name), preset_recipe("balanced", 4, 32), out, to="compressed-tensors")
+        poise.quantize(
+            model_factory(name), preset_recipe("balanced", 4, 32, quick=False), out, to="compressed-tensors"
+        )
         record = json.loads(out.with_name(f"{out.name}.run.json").read_text())
         losses.append({item["name"]: item["output_error"] for item in record["matrices"]})
     assert kinds == [Waiting, Waiting, Repeated, Repeated]

@@ -288,7 +288,7 @@ def test_dry_run_counts_training(llama, tmp_path):
     text.write_text("some words " * 40_000)
 
     def told(preset):
-        recipe = preset_recipe(preset, 4, 32)
+        recipe = preset_recipe(preset, 4, 32, quick=False)
         (found,) = dry_run(llama, recipe, tmp_path / "out", to="compressed-tensors", calibration=text)
         return found
 

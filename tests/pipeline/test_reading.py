@@ -45,7 +45,7 @@ def test_a_model_without_room_reads_the_built_in_text_and_says_so(llama, monkeyp
 
 def test_the_built_in_text_has_what_the_preset_without_data_reads(llama):
     checkpoint = open_checkpoint(llama)
-    tokens = preset_recipe("fast", 4, 32).tokens
+    tokens = preset_recipe("fast", 4, 32, quick=False).tokens
     found = reading_of(checkpoint, plan_of("gptq", tokens=tokens), None)
     assert sum(map(len, found.given)) == tokens
 
@@ -103,7 +103,7 @@ def test_what_is_written_goes_on_from_windows_that_do_not_judge(llama, tmp_path)
 
 
 def test_own_text_is_written_once_and_kept_for_a_resumed_run(llama, tmp_path, monkeypatch):
-    recipe = dataclasses.replace(preset_recipe("balanced", 4, 32), tokens=3072)
+    recipe = dataclasses.replace(preset_recipe("balanced", 4, 32, quick=False), tokens=3072)
     poise.quantize(llama, recipe, tmp_path / "whole", to="gguf")
     calls = []
     whole = reading.write_windows

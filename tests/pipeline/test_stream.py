@@ -17,7 +17,7 @@ from poise.planning.presets import preset_recipe
 from poise.solvers.rtn import Rtn
 from poise.training.distill import Distill
 
-RECIPE = preset_recipe("balanced", 3, 32)
+RECIPE = preset_recipe("balanced", 3, 32, quick=False)
 
 
 @pytest.fixture
@@ -145,7 +145,7 @@ def test_every_matrix_is_better_than_rounding_to_nearest(llama, tmp_path):
 
 @pytest.mark.parametrize("preset", ["balanced", "best"])
 def test_a_run_that_was_interrupted_anywhere_resumes_to_the_same_bytes(llama, tmp_path, monkeypatch, preset):
-    recipe = preset_recipe(preset, 3, 32)
+    recipe = preset_recipe(preset, 3, 32, quick=False)
     if recipe.tune:
         recipe = dataclasses.replace(recipe, tune="distill(steps=4, every=2)", tokens=4096)
     poise.quantize(llama, recipe, tmp_path / "whole", to="compressed-tensors")
@@ -168,7 +168,9 @@ def test_a_run_that_was_interrupted_anywhere_resumes_to_the_same_bytes(llama, tm
 
 
 def test_a_run_interrupted_while_it_tunes_reads_no_block_again(llama, tmp_path, monkeypatch):
-    recipe = dataclasses.replace(preset_recipe("best", 3, 32), tune="distill(steps=4, every=2)", tokens=4096)
+    recipe = dataclasses.replace(
+        preset_recipe("best", 3, 32, quick=False), tune="distill(steps=4, every=2)", tokens=4096
+    )
     poise.quantize(llama, recipe, tmp_path / "whole", to="compressed-tensors")
     whole = Distill.run
 
@@ -202,7 +204,7 @@ def test_what_is_doubtful_is_in_the_record(model_factory, copy_of, tmp_path):
 
 def test_presets_shrink_every_architecture(model_factory, tmp_path):
     for name in ("mistral", "gpt2", "mixtral", "gemma3_text", "qwen3_moe", "phi3"):
-        recipe = preset_recipe("balanced", 4, 32)
+        recipe = preset_recipe("balanced", 4, 32, quick=False)
         poise.quantize(model_factory(name), recipe, tmp_path / name, to="gguf")
         found = outcomes(tmp_path / name)
         better = [item["output_error"] < item["nearest"] for item in found.values() if item["tokens"]]
@@ -245,7 +247,7 @@ def test_spool_gives_back_what_it_took_from_memory_and_from_disk(tmp_path):
 
 
 def test_rounding_to_nearest_reads_nothing(llama, tmp_path, stats_seen):
-    recipe = preset_recipe("balanced", 4, 32)
+    recipe = preset_recipe("balanced", 4, 32, quick=False)
     rules = tuple(dataclasses.replace(rule, solver="rtn") for rule in recipe.rules)
     poise.quantize(llama, dataclasses.replace(recipe, rules=rules), tmp_path / "out", to="gguf")
     assert not stats_seen
@@ -254,7 +256,7 @@ def test_rounding_to_nearest_reads_nothing(llama, tmp_path, stats_seen):
 
 def test_starved_experts_count_what_their_layer_reads(model_factory, tmp_path, stats_seen):
     """All tokens go to two experts of four: the others are solved for the average of the layer, which is said."""
-    recipe = dataclasses.replace(preset_recipe("balanced", 4, 32), tokens=1024)
+    recipe = dataclasses.replace(preset_recipe("balanced", 4, 32, quick=False), tokens=1024)
     poise.quantize(model_factory("mixtral"), recipe, tmp_path / "out", to="gguf")
     experts = {
         name: stats for name, stats in stats_seen.items() if "experts" in name or "block_sparse" in name

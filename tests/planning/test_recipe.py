@@ -1,9 +1,11 @@
 """Recipes: the shipped ones are valid, and mistakes are named with their place."""
 
 import pytest
+import torch
 
 from poise.core.errors import UsageError
-from poise.planning.presets import preset_recipe
+from poise.planning import presets
+from poise.planning.presets import PRESETS, preset_recipe
 from poise.planning.recipe import load_recipe, shipped_recipes
 from poise.training.distill import distill_of
 
@@ -56,8 +58,33 @@ def test_an_unknown_recipe_offers_the_nearest():
         load_recipe("gone.yaml")
 
 
-def test_best_trains_codes_where_levels_are_few_and_scales_everywhere():
-    rates = {bits: distill_of(str(preset_recipe("best", bits).tune)).code_rate for bits in (2, 3, 4, 8)}
+@pytest.mark.parametrize("quick", [False, True])
+def test_best_trains_codes_where_levels_are_few_and_scales_everywhere(quick):
+    rates = {
+        bits: distill_of(str(preset_recipe("best", bits, quick=quick).tune)).code_rate
+        for bits in (2, 3, 4, 8)
+    }
     assert rates.pop(2) > 0
     assert set(rates.values()) == {0.0}
-    assert preset_recipe("balanced", 2).tune is None
+    assert preset_recipe("balanced", 2, quick=quick).tune is None
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_processors_that_multiply_bfloat16_do_more_of_the_same(bits):
+    def trained(recipe):
+        return distill_of(recipe.tune).tokens if recipe.tune else 0
+
+    for name in PRESETS:
+        slow, quick = (preset_recipe(name, bits, quick=quick) for quick in (False, True))
+        assert {rule.solver for rule in slow.rules} == {rule.solver for rule in quick.rules}
+        more = [quick.tokens > slow.tokens, trained(quick) > trained(slow)]
+        assert quick.tokens >= slow.tokens
+        assert trained(quick) >= trained(slow)
+        assert any(more) == (name != "fast")
+
+
+@pytest.mark.parametrize(("dtype", "quick"), [(torch.bfloat16, True), (torch.float32, False)])
+def test_a_preset_asks_what_the_processor_multiplies(monkeypatch, dtype, quick):
+    monkeypatch.setattr(presets, "product_dtype", lambda: dtype)
+    assert preset_recipe("best", 3) == preset_recipe("best", 3, quick=quick)
+    assert preset_recipe("best", 3) != preset_recipe("best", 3, quick=not quick)

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from poise.checkpoints import open_checkpoint
-from poise.core import slabs
+from poise.core import precision, slabs
 from poise.core.errors import PoiseError, UsageError
+from poise.core.precision import product_dtype, products
 from poise.core.registry import build, get
-from poise.training import _codes, distill, precision
+from poise.training import _codes, distill
 from poise.training._codes import LearnedWeight
 from poise.training.distill import (
     Distill,
@@ -23,7 +24,6 @@ from poise.training.distill import (
     answers,
     distill_of,
 )
-from poise.training.precision import product_dtype, products
 
 SPECS = [
     "int(bits=4, group=32)",

@@ -13,6 +13,7 @@ from poise.calibration.generated import TEXTS
 from poise.core.checkpoint import Checkpoint
 from poise.core.linear import Linear
 from poise.core.plan import Plan, PlanRow
+from poise.core.precision import product_dtype
 from poise.core.registry import build
 from poise.core.run import peak_memory
 from poise.core.stats import Stats
@@ -21,7 +22,6 @@ from poise.pipeline.passes import READ, can_wait, held, room
 from poise.pipeline.reading import Reading, reads, tokens_of, wants_hessian
 from poise.pipeline.spool import MEMORY
 from poise.pipeline.stream import BATCH_TOKENS
-from poise.training.precision import product_dtype
 
 COPY_RATE = 150e6
 """Source bytes a second that reading, writing and reading back take together, beside the solving."""

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from poise.core.checkpoint import Checkpoint
+from poise.core.precision import product_name
 from poise.core.registry import get
 from poise.pipeline.progress import Progress
-from poise.training.precision import product_name
 
 BATCH_TOKENS = 2048
 """Tokens that go through the model at a time."""

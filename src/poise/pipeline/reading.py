@@ -13,6 +13,7 @@ from poise.calibration.text import Text, load_text
 from poise.core.checkpoint import Checkpoint
 from poise.core.errors import PoiseWarning
 from poise.core.plan import Plan
+from poise.core.precision import product_dtype, product_name
 from poise.core.registry import build, get
 from poise.core.run import available_memory
 from poise.pipeline.progress import Progress
@@ -20,7 +21,6 @@ from poise.pipeline.stream import Calibration
 from poise.pipeline.transforming import needs_text
 from poise.pipeline.workspace import Workspace
 from poise.training.distill import distill_of
-from poise.training.precision import product_dtype, product_name
 
 DIAGONAL_WINDOW = 256
 """Tokens of a window of calibration text, where only second moments are wanted."""

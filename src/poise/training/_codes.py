@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from poise.core.format import QTensor
+from poise.core.precision import product_dtype
 from poise.core.slabs import map_slabs
 from poise.kernels.ladders import LinearLadders, begin, bits, ladders_of
 from poise.kernels.places import pass_through, values_at
-from poise.training.precision import product_dtype
 
 INSIDE = 0.4
 """How far from its level a place may begin: noise of the first steps moves no code."""

@@ -24,10 +24,10 @@ from torch.nn.utils import parametrize
 from poise.core.checkpoint import Checkpoint
 from poise.core.errors import PoiseError, UsageError
 from poise.core.format import Format, Params, QTensor
+from poise.core.precision import product_dtype, products
 from poise.core.registry import parse_spec
 from poise.training._codes import LearnedWeight
 from poise.training._descent import Descent
-from poise.training.precision import product_dtype, products
 
 TRAINED = 12
 """Bytes a parameter of the model: original in float32, what parameters multiply, gradients."""
