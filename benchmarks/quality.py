@@ -145,6 +145,7 @@ def quantize(
     return Path(artifact["model"]), {
         "kind": "poise",
         "solver": next(row["solver"] for row in plan["rows"] if row["solver"]),
+        "transforms": plan["transforms"],
         "tune": plan["tune"],
         "tokens": plan["tokens"],
         "on": product_name(),

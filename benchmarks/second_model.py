@@ -70,6 +70,7 @@ def quantize(model: Path, case: Case, text: Path) -> tuple[Path, dict[str, Any]]
     return out, {
         **case._asdict(),
         "solver": next(row["solver"] for row in plan["rows"] if row["solver"]),
+        "transforms": plan["transforms"],
         "tune": plan["tune"],
         "stored": manifest["linear_bits_per_weight"],
         "seconds": sum(value for stage, value in run["stages"].items() if stage != "export"),

@@ -32,14 +32,15 @@ def parts() -> list[str]:
 
 def presets() -> str:
     """What each preset does."""
-    rows = ["| preset | solver | tokens | tuning | cost |", "|---|---|---:|---|---|"]
+    rows = ["| preset | transforms | solver | tokens | tuning | cost |", "|---|---|---|---:|---|---|"]
     both = {f"`{name}`": preset for name, preset in PRESETS.items()}
     both |= {f"`{name}` with bfloat16": preset for name, preset in QUICK.items()}
     for name, preset in both.items():
         tunings = [f"`{preset.tune}`" if preset.tune else "none"]
         tunings += [f"at {FEW} bits `{preset.few}`"] if preset.few else []
+        before = ", ".join(f"`{spec}`" for spec in preset.transforms) or "none"
         rows.append(
-            f"| {name} | `{preset.solver}` | {preset.tokens} | {'; '.join(tunings)} | {preset.cost} |"
+            f"| {name} | {before} | `{preset.solver}` | {preset.tokens} | {'; '.join(tunings)} | {preset.cost} |"
         )
     return "\n".join(rows)
 
@@ -98,7 +99,7 @@ def changed_since(rows: list[dict[str, Any]]) -> list[str]:
         for row in rows
         if row["preset"] in PRESETS
     ]
-    return [
+    told = [
         f"The row of `{row['preset']}` at {row['bits']} bits was measured when its {key} was `{row[key]}`."
         for row, preset in known
         for key, now in (
@@ -107,6 +108,11 @@ def changed_since(rows: list[dict[str, Any]]) -> list[str]:
             ("tune", preset.tuning(row["bits"])),
         )
         if row.get(key) and row[key] != now
+    ]
+    return told + [
+        f"The row of `{row['preset']}` at {row['bits']} bits was measured before its weights were transformed."
+        for row, preset in known
+        if tuple(row.get("transforms", ())) != preset.transforms
     ]
 
 

@@ -41,6 +41,7 @@ def divergence(p, q):
         ("llama-tied", ["untie", "fold", "learned-rotation(steps=5)"]),
         ("qwen2", ["awq", "smoothquant", "rotate", "bias-correction"]),
         ("qwen3_moe", ["smoothquant", "rotate(values=False)"]),
+        ("gemma3_text", ["equalize"]),
     ],
 )
 def test_the_artifact_is_still_the_model(model_factory, tmp_path, name, transforms, exporter):
@@ -60,7 +61,7 @@ def test_the_artifact_is_still_the_model(model_factory, tmp_path, name, transfor
         if linear.block is not None and not torch.equal(before.read_matrix(linear), after.read_matrix(linear))
     ]
     assert len(changed) > 4
-    has_text = any(spec.startswith(("awq", "smoothquant", "bias")) for spec in transforms)
+    has_text = any(spec.startswith(("awq", "smoothquant", "equalize", "bias")) for spec in transforms)
     assert (turned.manifest.calibration is not None) == has_text
 
 
@@ -133,3 +134,18 @@ def test_what_cannot_be_done_is_said_before_anything_is_written(
 def test_what_topology_knows_of_biases(model_factory):
     assert len(find_topology(open_checkpoint(model_factory("qwen2"))).bias_of) == 6
     assert len(find_topology(open_checkpoint(model_factory("gpt2"))).bias_of) == 8
+
+
+@pytest.mark.parametrize(("spec", "most"), [("equalize", 1024), ("awq(grid=2)", 2048)])
+def test_transforms_look_at_as_much_text_as_they_want(llama, tmp_path, monkeypatch, spec, most):
+    cls = get("transform", spec.partition("(")[0])
+    seen, whole = set(), cls.rewrites
+
+    def noting(self, material):
+        seen.update(stats.n_tokens for stats in material.stats.values())
+        return whole(self, material)
+
+    monkeypatch.setattr(cls, "rewrites", noting)
+    monkeypatch.setattr(get("transform", "equalize"), "tokens", 1024)
+    poise.quantize(llama, recipe(spec), tmp_path / "o", calibration="self")
+    assert seen == {most}

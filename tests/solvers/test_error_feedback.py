@@ -9,10 +9,10 @@ import torch
 from poise.core import slabs
 from poise.core.errors import FormatError, PoiseWarning, UsageError
 from poise.core.format import QTensor
+from poise.core.hessian import factorize
 from poise.core.registry import build, names
 from poise.core.stats import Stats
 from poise.planning.grid import EXAMPLES
-from poise.solvers._hessian import factorize
 from poise.solvers._sweep import NEAR
 from poise.solvers.gptq import Gptq
 

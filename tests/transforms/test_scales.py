@@ -11,6 +11,7 @@ from poise.core.registry import build
 from poise.core.stats import Stats
 from poise.core.topology import Norm, Pair, Topology
 from poise.core.transform import Material
+from poise.transforms.equalize import pivots
 
 NAMES = ["llama", "qwen2", "qwen3", "gemma3_text", "phi3", "mixtral"]
 
@@ -40,7 +41,15 @@ def made_up_stats(checkpoint):
 
 
 @pytest.mark.parametrize(
-    "spec", ["awq", "awq(grid=3, pairs=False)", "smoothquant", "smoothquant(strength=0.8)"]
+    "spec",
+    [
+        "awq",
+        "awq(grid=3, pairs=False)",
+        "smoothquant",
+        "smoothquant(strength=0.8)",
+        "equalize",
+        "equalize(strength=1)",
+    ],
 )
 @pytest.mark.parametrize("name", NAMES)
 def test_the_function_stays(model_factory, name, spec):
@@ -112,6 +121,58 @@ def test_smoothquant_is_its_formula_and_levels_activations():
     assert spread[1] < spread[0] / 4
 
 
+def test_equalize_is_its_formula_where_inputs_do_not_correlate():
+    """Then R_jj^2 is the damped second moment itself, whatever the order of columns."""
+    dice = torch.Generator().manual_seed(2)
+    x = torch.linalg.qr(torch.randn(256, 64, generator=dice))[0] * torch.logspace(0, 1, 64) * 16
+    weight = torch.randn(32, 64, generator=dice) * torch.logspace(1, 0, 64).flip(0)
+    moment = x.square().mean(0).double()
+    cost = (moment + 0.1 * moment.mean()).sqrt()
+    for strength in (0.5, 1.0):
+        factor = 1 / one_layer(x, weight, f"equalize(strength={strength}, damp=0.1)")["norm"].double()
+        expected = (cost / weight.double().square().sum(0).sqrt()) ** (strength / 2)
+        ratio = factor / expected
+        assert torch.allclose(ratio, ratio[0].expand(64), rtol=1e-4)
+
+
+def test_equalize_makes_least_what_it_is_derived_from():
+    """The product of what errors cost and of what groups hold, among 200 scales around its own."""
+    dice = torch.Generator().manual_seed(4)
+    x = torch.randn(512, 64, generator=dice) @ torch.randn(64, 64, generator=dice)
+    weight = torch.randn(32, 64, generator=dice) * torch.exp(torch.randn(64, generator=dice))
+    values = one_layer(x, weight, "equalize(strength=1, damp=0.1)")
+    cost = pivots(x.T @ x / 512, 0.1).square()
+
+    def product(scale):
+        return float((cost / scale.square()).sum() * (weight.double() * scale).square().sum())
+
+    best = product(1 / values["norm"].double())
+    assert best < 0.9 * product(torch.ones(64, dtype=torch.float64))
+    for _ in range(200):
+        nearby = torch.exp(0.1 * torch.randn(64, generator=dice, dtype=torch.float64))
+        assert best < product(nearby / values["norm"].double())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_equalize_lowers_what_error_feedback_leaves(bits):
+    dice = torch.Generator().manual_seed(5)
+    x = torch.randn(2048, 64, generator=dice) * torch.exp(torch.randn(64, generator=dice))
+    weight = torch.randn(256, 64, generator=dice) * torch.exp(0.5 * torch.randn(64, generator=dice))
+    values = one_layer(x, weight, "equalize")
+    format = build("format", f"int(bits={bits}, group=32, symmetric=False)").resolve("float16")
+    errors = []
+    for given, w in ((x, weight), (x * values["norm"], values["w"])):
+        got = build("solver", "gptq(damp=0.01)").solve(w, format, stats_of(given)).decode()
+        errors.append(float((given @ got.T - x @ weight.T).square().sum()))
+    assert errors[1] < 0.85 * errors[0]
+
+
+def test_equalize_leaves_a_matrix_of_zeros_alone():
+    assert torch.equal(
+        one_layer(torch.randn(64, 64), torch.zeros(32, 64), "equalize")["norm"], torch.ones(64)
+    )
+
+
 def test_heads_of_values_that_are_read_twice_share_a_scale():
     from poise.transforms._scales import read_by, written_by
 
@@ -120,7 +181,7 @@ def test_heads_of_values_that_are_read_twice_share_a_scale():
     assert written_by(pair, torch.arange(12.0)).tolist() == [2, 3, 8, 9]
 
 
-@pytest.mark.parametrize("spec", ["awq(grid=0)", "smoothquant(strength=1.5)", "rotate(kind='wild')", "rotate(stream=False, values=False)", "learned-rotation(steps=0)"])  # fmt: skip
+@pytest.mark.parametrize("spec", ["awq(grid=0)", "smoothquant(strength=1.5)", "equalize(strength=2)", "equalize(damp=0)", "rotate(kind='wild')", "rotate(stream=False, values=False)", "learned-rotation(steps=0)"])  # fmt: skip
 def test_settings_that_make_no_sense_are_refused(spec):
     with pytest.raises(UsageError):
         build("transform", spec)

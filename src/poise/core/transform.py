@@ -81,6 +81,9 @@ class Transform(ABC):
     needs: ClassVar[frozenset[str]] = frozenset()
     """Fields of ``Stats`` without which it cannot work; those that need some are called block by block."""
 
+    tokens: ClassVar[int | None] = None
+    """Of calibration text that it looks at; None for all."""
+
     after: ClassVar[bool] = False
     """Whether it comes after rounding and mends what that did; without rounding it changes nothing."""
 

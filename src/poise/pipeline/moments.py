@@ -14,8 +14,8 @@ from poise.pipeline.spool import Spool
 FEW = 4
 """Tokens an input, below which a Hessian is called poorly known, and an expert starved."""
 
-Weighed = dict[str, dict[str, Tensor]]
-"""Input group -> matrix -> weights of tokens, [tokens, runs of rows]."""
+Weighed = dict[str, dict[str, Tensor | None]]
+"""Input group -> matrix -> weights of tokens, [tokens, runs of rows]; None if they count alike."""
 
 
 class Moments:
@@ -25,7 +25,8 @@ class Moments:
         blocks: the model that reads.
         original: what dense groups read in the original, batch by batch; None for squares alone.
         streams: what the residual stream held there where their outputs were added, of those that write to it.
-        weighed: matrices that get products of their own, in which each token has a weight for each run of rows.
+        weighed: matrices that get products of their own, in which each token has a weight for each run of rows. Groups that
+            are missing have none.
     """
 
     def __init__(
@@ -62,14 +63,14 @@ class Moments:
         if not self.full:
             return
         before = self.original[group][batch] if group in self.original else None
-        if group not in self.weighed:
+        weighed = self.weighed.get(group, {})
+        if not weighed or None in weighed.values():
             self._add_products(group, x, before)
             if stream is not None and group in self.streams:
                 _add_product(self.drift, group, self.streams[group][batch] - stream, x)
-            return
-        for name, weights in self.weighed[group].items():
-            for run in range(weights.shape[1]):
-                root = weights[seen, run : run + 1].sqrt()  # on both sides, so that the product is symmetric
+        for name, weights in weighed.items():
+            roots = () if weights is None else torch.split(weights[seen].sqrt(), 1, dim=1)
+            for run, root in enumerate(roots):  # on both sides, so that the product is symmetric
                 self._add_products(f"{name} {run}", x * root, None if before is None else before * root)
 
     def _add_products(self, key: str, x: Tensor, before: Tensor | None) -> None:
@@ -90,40 +91,40 @@ class Moments:
         pool = self.blocks.pool_of(group)
         if not self.count.get(group) and (pool is None or not self.count.get(pool)):
             return None
-        if linear.name in self.weighed.get(group, {}):
-            return self._make_weighed(linear, data_hash)
+        weights = self.weighed.get(group, {}).get(linear.name)
+        if weights is not None:
+            return self._make_weighed(linear, data_hash, weights.shape[1])
         if group not in self.made:
             self.made[group] = self._make(linear, data_hash, pool)
         return self.made[group]
 
-    def _make_weighed(self, linear: Linear, data_hash: str) -> Stats:
-        """With matrices for each run of rows."""
-        group = linear.input_group
-        n, runs = self.count[group], self.weighed[group][linear.name].shape[1]
+    def _make_weighed(self, linear: Linear, data_hash: str, runs: int) -> Stats:
+        """With matrices for each run of rows, or for the one that all rows are."""
+        n = self.count[linear.input_group]
         keys = [f"{linear.name} {run}" for run in range(runs)]
         hessian = torch.stack([mirror(self.hessian.pop(key)) for key in keys]).div_(n)
         changes = [self.change.pop(key) for key in keys if key in self.change]
+        cross = torch.stack(changes).div_(n).add_(hessian) if changes else None
         self._check(linear, hessian)
         return Stats(
             second_moment=hessian.diagonal(dim1=1, dim2=2).mean(0).clamp(min=0),
             n_tokens=n,
             data_hash=data_hash,
-            hessian=hessian,
-            cross=torch.stack(changes).div_(n).add_(hessian) if changes else None,
+            hessian=hessian.squeeze(0),
+            cross=None if cross is None else cross.squeeze(0),
+            notes=self._doubts(linear),
         )
 
     def _make(self, linear: Linear, data_hash: str, pool: str | None) -> Stats:
         """Sums become means in place: of a wide layer there is no room for both."""
         group = linear.input_group
-        notes = []
+        notes: tuple[str, ...] = ()
         n = self.count.get(group, 0)
         if pool is not None and n < FEW * linear.columns:
-            notes.append(f"{n} tokens reached this expert: it also counts what all experts of its layer read")
+            notes = (f"{n} tokens reached this expert: it also counts what all experts of its layer read",)
             self._share(group, pool, FEW * linear.columns - n)
-        elif self.full and n < FEW * linear.columns:
-            notes.append(
-                f"{n} tokens for {linear.columns} inputs: fewer than {FEW} each, the Hessian is poorly known"
-            )
+        elif self.full:
+            notes = self._doubts(linear)
         n = self.count[group]
         moment = (self.square.pop(group) / n).float()
         self._check(linear, moment)
@@ -138,8 +139,14 @@ class Moments:
             drift=self.drift.pop(group).div_(n) if group in self.drift else None,
             mean=(self.sum.pop(group) / n).float(),
             largest=self.largest.pop(group),
-            notes=tuple(notes),
+            notes=notes,
         )
+
+    def _doubts(self, linear: Linear) -> tuple[str, ...]:
+        """What is to be said about a Hessian of few tokens."""
+        n = self.count[linear.input_group]
+        few = f"{n} tokens for {linear.columns} inputs: fewer than {FEW} each, the Hessian is poorly known"
+        return (few,) if n < FEW * linear.columns else ()
 
     def _check(self, linear: Linear, value: Tensor) -> None:
         if not bool(torch.isfinite(value).all()):

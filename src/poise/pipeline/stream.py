@@ -11,6 +11,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from poise.core.checkpoint import Checkpoint
@@ -21,6 +22,7 @@ from poise.core.registry import build
 from poise.core.run import return_freed_memory
 from poise.core.solver import Chain, Solver
 from poise.core.stats import Stats
+from poise.pipeline.attention import attended
 from poise.pipeline.blocks import Blocks, Watch
 from poise.pipeline.gradients import squared_gradients
 from poise.pipeline.moments import Moments, Weighed
@@ -30,6 +32,8 @@ from poise.pipeline.solving import solve_matrix
 from poise.pipeline.spool import Spool
 from poise.pipeline.workspace import Workspace
 
+VALUES = "attention.v"
+"""Role of the matrices whose outputs are read as far as they are attended to."""
 BATCH_TOKENS = 2048
 """Tokens that a block reads at a time."""
 ROUNDED = True
@@ -157,14 +161,25 @@ class _Stream:
             workspace.store_tensors("gradients", known)
         return known
 
-    def _weighed(self, linears: list[Linear], groups: list[str]) -> Weighed:
-        """Gradients of the linears that read some groups, by group."""
+    def _weighed(self, linears: list[Linear]) -> Weighed:
+        """Weights of tokens in the open block: squared gradients, or for values how much is attended to each token."""
         found: Weighed = {}
         for linear in linears:
-            path = self.blocks.module_path(linear)
-            if linear.input_group in groups and path in self.gradients:
-                found.setdefault(linear.input_group, {})[linear.name] = self.gradients[path]
+            weights = self.gradients.get(self.blocks.module_path(linear) or "")
+            if weights is None and linear.role == VALUES and self._is_open([linear], linear.input_group):
+                weights = self._attended()
+            found.setdefault(linear.input_group, {})[linear.name] = weights
         return found
+
+    def _attended(self) -> Tensor | None:
+        """Of the stream that is read before anything of the block is solved, [tokens, 1]."""
+        parts = []
+        for hidden in self.original if self.crosses else self.quantized:
+            part = attended(self.blocks, hidden)
+            if part is None:
+                return None
+            parts.append(part)
+        return torch.cat(parts).unsqueeze(1)
 
     def run(self) -> None:
         length = len(self.calibration.windows[0])
@@ -192,6 +207,7 @@ class _Stream:
             for linear in linears:
                 self.work.solve(self.work.rows[linear.name], moments.stats(linear, self.calibration.hash))
             return
+        weighed = self._weighed(linears)
         before = Reads(self.folder / "inputs")
         writers: tuple[str, ...] = ()
         if self.crosses:
@@ -209,9 +225,7 @@ class _Stream:
         )
         with closing(passes):
             for together in groups:
-                moments = Moments(
-                    self.blocks, before.inputs, before.streams, self._weighed(linears, together)
-                )
+                moments = Moments(self.blocks, before.inputs, before.streams, weighed)
                 passes.read(together, moments.add if together in open_ else None)
                 for linear in linears:
                     if linear.input_group in together:

@@ -113,6 +113,8 @@ def _rewrites(
     material = Material(topology=topology, read=_reader(checkpoint), formats=_formats(plan), stats={})
     if not transform.needs or calibration is None:
         return transform.rewrites(material)
+    if transform.tokens is not None:
+        calibration = calibration.first(transform.tokens)
     done: list[Rewrite] = []
     blocks, linears = Blocks(checkpoint), _by_block(checkpoint)
     full = "hessian" in transform.needs

@@ -1,7 +1,7 @@
 """Presets: one wish for all linears of the stack, by what it may cost.
 
     fast       no data of yours: error feedback with most of the short built-in text, hardly believed. Seconds.
-    balanced   the same under the Hessian of more text, then coordinate descent. Minutes.
+    balanced   channels equalized, the same under the Hessian of more text, then coordinate descent. Minutes.
     best       the same on more text, then scales and norms are tuned to the original's answers, and codes where levels are few.
                Up to hours.
 
@@ -29,6 +29,7 @@ class Preset:
     Attributes:
         solver: spec of the solver, or of a chain.
         tokens: of calibration text.
+        transforms: specs of what is done to weights before.
         tune: spec of what follows after all layers, or None.
         few: instead of it where levels are few; None if nothing changes.
         cost: for people.
@@ -38,6 +39,7 @@ class Preset:
     tokens: int
     tune: str | None
     cost: str
+    transforms: tuple[str, ...] = ()
     few: str | None = None
 
     def tuning(self, bits: int) -> str | None:
@@ -54,12 +56,14 @@ PRESETS = {
     ),
     "balanced": Preset(
         solver="gptaq(groups='twice', damp=0.2) -> refine(damp=0.2)",
+        transforms=("equalize",),
         tokens=32768,
         tune=None,
         cost="minutes for a model of 100 million weights; memory of one block",
     ),
     "best": Preset(
         solver="gptaq(groups='twice', damp=0.2) -> refine(damp=0.2)",
+        transforms=("equalize",),
         tokens=131072,
         tune="distill(steps=260, batch=1024, hidden=5.0)",
         few="distill(steps=150, code_rate=0.004, hidden=5.0, reads=2)",
@@ -119,6 +123,7 @@ def preset_recipe(name: str, bits: int = 4, group: int = 64, quick: bool | None 
         name=f"{name}-{bits}bit",
         description=f"{bits}-bit integers in groups of {group}; {preset.cost}",
         rules=(*keep, rule),
+        transforms=preset.transforms,
         tune=preset.tuning(bits),
         tokens=preset.tokens,
     )

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from poise.core.errors import PoiseWarning
 from poise.core.format import Format, Params, QTensor
+from poise.core.hessian import damped
 from poise.core.registry import spec_of
 from poise.core.stats import Stats
-from poise.solvers._hessian import damped
 
 
 def learnable(format: Format, stats: Stats | None, damp: float) -> tuple[Tensor | None, Tensor | None]:

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from poise.core.errors import FormatError, UsageError
 from poise.core.format import Format, Params, QTensor
+from poise.core.hessian import Factor, damped, factorize
 from poise.core.registry import spec_of
 from poise.core.solver import Solver
 from poise.core.stats import Stats
 from poise.kernels.ladders import Ladders, ladders_of
-from poise.solvers._hessian import Factor, damped, factorize
 from poise.solvers._sweep import sweep
 
 Shared = tuple[Tensor | None, Factor | Tensor | None]

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from poise.core.format import Format, Params, QTensor
+from poise.core.hessian import damped
 from poise.core.solver import Solver
 from poise.core.stats import Stats
 from poise.kernels.ladders import ladders_of
-from poise.solvers._hessian import damped
 from poise.solvers._sweep import descend, pair
 
 
