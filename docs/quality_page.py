@@ -69,8 +69,8 @@ def quality_parts(facts: dict[str, Any]) -> list[str]:
         "## What they lose",
         f"`make bench-quality TEXT=FILE`, SmolLM2-135M-Instruct, {count} windows of 512 tokens, two cores. KL divergence to "
         "the original in nats a token, with 95 % intervals. `held-out` is the half of the text that was not calibrated on, "
-        "`docstrings` another domain. Peers that calibrate got the first 32768 tokens of the other half, as `balanced` without bfloat16; "
-        "`best` reads more. They ran in environments of their own (`benchmarks/peers/`). Ratios are of the same windows, with 95 % bootstrap intervals. "
+        "`docstrings` another domain. Peers that calibrate got the first 32768 tokens of the other half; "
+        "presets read as many as the first table says. They ran in environments of their own (`benchmarks/peers/`). Ratios are of the same windows, with 95 % bootstrap intervals. "
         "Seconds are of the quantization, reading of text included; those of peers are without loading and writing the model. Rows "
         "were measured on more than one processor, so that seconds compare roughly; lab.md has `fast` beside HQQ in one run. `on` says "
         "what Poise's products were made of, which decides how much its presets do, and which peers ran on a GPU.",

@@ -66,6 +66,16 @@ def test_training_reads_as_much_as_it_uses_of_a_text_and_less_of_what_the_model_
     assert reading_of(open_checkpoint(llama), plan, "self").tokens == 1600
 
 
+def test_of_its_own_text_a_model_writes_no_more_than_is_worth_waiting_for(llama, tmp_path):
+    checkpoint, plan = open_checkpoint(llama), plan_of("gptq", tokens=100_000)
+    own = reading_of(checkpoint, plan, "self")
+    assert own.lacking == reading.WRITES // own.length
+    (tmp_path / "a.txt").write_text("some text")
+    assert reading_of(checkpoint, plan, tmp_path / "a.txt").tokens == 100_000
+    trained = plan_of("gptq", tokens=100_000, tune="distill(steps=10, batch=512)")
+    assert reading_of(checkpoint, trained, "self").tokens == 100_000
+
+
 def test_what_a_text_lacks_for_training_is_written_for_training_alone(llama, tmp_path):
     """Ten steps of 512 tokens that read a window at most twice want 2560 tokens; the text has 1100 of them."""
     plan = plan_of("gptq", tokens=256, tune="distill(steps=10, batch=512, held=0.0, reads=2)")

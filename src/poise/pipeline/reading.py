@@ -34,6 +34,9 @@ BUILT_IN_TOKENS = 2500
 HESSIAN_TOKENS = 16384
 """Tokens that Hessians need."""
 
+WRITES = 65536
+"""Tokens that the model writes at most, unless for training: writing takes longer than solving."""
+
 SELF = "self"
 """Asks for text that the model writes itself."""
 
@@ -75,7 +78,9 @@ class Reading:
     @property
     def tokens(self) -> int:
         """That are wanted in all, of a text or of what the model writes."""
-        return max(tokens_of(self.plan), self._trained if self.text is not None else self._fresh)
+        if self.text is not None:
+            return max(tokens_of(self.plan), self._trained)
+        return max(tokens_of(self.plan), self._fresh) if self.plan.tune else min(tokens_of(self.plan), WRITES)
 
     @property
     def _trained(self) -> int:

@@ -57,7 +57,7 @@ PRESETS = {
     "balanced": Preset(
         solver="gptaq(groups='twice', damp=0.2) -> refine(damp=0.2)",
         transforms=("equalize",),
-        tokens=32768,
+        tokens=28672,
         tune=None,
         cost="minutes for a model of 100 million weights; memory of one block",
     ),
@@ -72,7 +72,7 @@ PRESETS = {
 }
 
 QUICK = {
-    "balanced": replace(PRESETS["balanced"], tokens=65536),
+    "balanced": replace(PRESETS["balanced"], tokens=98304),
     "best": replace(
         PRESETS["best"],
         tune="distill(steps=800, hidden=5.0, reads=6)",
