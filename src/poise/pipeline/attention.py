@@ -60,7 +60,7 @@ def received(
 ) -> Tensor:
     """What each key gets from all queries, mean over heads, [batch, tokens], given the arguments of an attention.
 
-    One text at a time: products of all queries with all keys are large.
+    One head of one text at a time: products of all queries with all keys are large.
     """
     (batch, heads, length, channels), tokens = query.shape, key.shape[2]
     bias = torch.zeros(length, tokens)
@@ -69,11 +69,11 @@ def received(
     if attn_mask is not None:
         hidden = attn_mask.dtype == torch.bool
         bias = torch.zeros(attn_mask.shape).masked_fill(~attn_mask, -torch.inf) if hidden else attn_mask
-    bias = bias.expand(batch, heads, length, tokens)
-    scale = channels**-0.5 if scale is None else scale
-    found = []
+    bias, shared = bias.expand(batch, heads, length, tokens), heads // key.shape[1]
+    found = torch.zeros(batch, tokens)
     for text in range(batch):
-        keys = key[text].repeat_interleave(heads // key.shape[1], 0).transpose(1, 2)
-        products = torch.baddbmm(bias[text], query[text], keys, alpha=scale)
-        found.append(products.softmax(-1).sum((0, 1)) / heads)
-    return torch.stack(found)
+        for head in range(heads):
+            products = query[text, head] @ key[text, head // shared].T
+            products *= channels**-0.5 if scale is None else scale
+            found[text] += (products + bias[text, head]).softmax(-1).sum(0)
+    return found / heads

@@ -50,7 +50,7 @@ class Preset:
 PRESETS = {
     "fast": Preset(
         solver="gptq(damp=0.3)",
-        tokens=1536,
+        tokens=1024,
         tune=None,
         cost="seconds for a model of 100 million weights; no text of yours",
     ),
