@@ -16,8 +16,8 @@ def attended(blocks: Blocks, hidden: Tensor) -> Tensor | None:
 
     What queries get of errors e_t of values is sum_t a_qt e_t, whose square is at most sum_t a_qt |e_t|^2, since the a_qt of
     a query sum to one. So an error at token t counts for sum_q a_qt; the first token, to which heads attend when they look
-    for nothing, for hundreds of others. (The bound of the attention-aware objective for values, Kim et al. 2024, aespa,
-    arXiv 2402.08958, equation 12, that needs one Hessian for all heads.)
+    for nothing, for hundreds of others. (A bound of what queries get, whose exact Hessian is one for each head of values:
+    the attention-aware reconstruction of Kim et al. 2024, aespa, arXiv 2402.08958.)
 
     Args:
         hidden: what enters the block, [batch, tokens, hidden].
@@ -63,12 +63,9 @@ def received(
     One head of one text at a time: products of all queries with all keys are large.
     """
     (batch, heads, length, channels), tokens = query.shape, key.shape[2]
-    bias = torch.zeros(length, tokens)
-    if is_causal:
-        bias = bias.masked_fill(torch.ones(length, tokens, dtype=torch.bool).triu(1), -torch.inf)
-    if attn_mask is not None:
-        hidden = attn_mask.dtype == torch.bool
-        bias = torch.zeros(attn_mask.shape).masked_fill(~attn_mask, -torch.inf) if hidden else attn_mask
+    mask = torch.ones(length, tokens, dtype=torch.bool)
+    mask = mask.tril() if is_causal else mask if attn_mask is None else attn_mask
+    bias = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else mask
     bias, shared = bias.expand(batch, heads, length, tokens), heads // key.shape[1]
     found = torch.zeros(batch, tokens)
     for text in range(batch):
