@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from poise.core.errors import UsageError
-from poise.core.hessian import cholesky
+from poise.core.hessian import factorize
 from poise.core.topology import Topology
 from poise.core.transform import Material, Rewrite, Transform
 from poise.transforms._scales import balanced, scaled_norm, scaled_pair, written_by
@@ -74,8 +74,7 @@ class Equalize(Transform):
 
 
 def pivots(hessian: Tensor, damp: float) -> Tensor:
-    """R_jj, [columns] float64, for H = R R^T damped, columns of large inputs first."""
-    last = hessian.diagonal().argsort(descending=True, stable=True).flip(0)
-    found = torch.empty(len(hessian), dtype=torch.float64)
-    found[last] = cholesky(hessian, damp, last).diagonal()
+    """R_jj, [columns] float64, for H = R R^T damped, columns in the order of error feedback."""
+    factor, found = factorize(hessian, damp=damp), torch.empty(len(hessian), dtype=torch.float64)
+    found[factor.order] = factor.upper.diagonal().double()
     return found
