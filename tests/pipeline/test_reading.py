@@ -76,7 +76,7 @@ def test_of_its_own_text_a_model_writes_no_more_than_is_worth_waiting_for(llama,
     assert reading_of(checkpoint, trained, "self").tokens == 100_000
 
 
-def test_what_a_text_lacks_for_training_is_written_for_training_alone(llama, tmp_path):
+def test_what_a_text_lacks_for_training_is_written_and_read_after_it(llama, tmp_path):
     """Ten steps of 512 tokens that read a window at most twice want 2560 tokens; the text has 1100 of them."""
     plan = plan_of("gptq", tokens=256, tune="distill(steps=10, batch=512, held=0.0, reads=2)")
     (tmp_path / "a.txt").write_text("some words " * 100)
@@ -86,7 +86,11 @@ def test_what_a_text_lacks_for_training_is_written_for_training_alone(llama, tmp
     assert 0 < len(found.windows) < 10
     assert all(len(window) == text.length for window in found.written)
     assert text.lacking == len(found.written)
-    assert not found.first(10**6).written
+    assert found.first(len(found.windows) * text.length).windows == found.windows
+    more = found.first((len(found.windows) + 1) * text.length)
+    assert more.windows == [*found.windows, found.written[0]]
+    assert not more.written
+    assert len(found.first(10**6).windows) == 2560 // text.length
     enough = dataclasses.replace(plan, tune="distill(steps=1, batch=128, held=0.0, reads=2)")
     text = reading_of(open_checkpoint(llama), enough, tmp_path / "a.txt")
     assert not text.calibration(Workspace(tmp_path / "other", {}), lambda *_: None).written

@@ -106,7 +106,7 @@ def _reading_cost(checkpoint: Checkpoint, plan: Plan, reading: Reading) -> tuple
     """Seconds, bytes of memory and bytes of disk that writing text, reading it and training take."""
     if not reads(plan):
         return 0.0, 0, 0
-    tokens = min(tokens_of(plan), (len(reading.given) or reading.lacking) * reading.length)
+    tokens = min(tokens_of(plan), (len(reading.given) + reading.lacking) * reading.length)
     linears = {linear.name: linear for linear in checkpoint.linears()}
     blocks: dict[int, list[Linear]] = {}
     for linear in linears.values():

@@ -47,7 +47,7 @@ class Calibration:
     Attributes:
         windows: token ids, all of one length.
         hash: of the text or the tokens.
-        written: further windows that the model wrote itself, for training.
+        written: further windows that the model wrote itself, which a text lacks for training.
     """
 
     windows: Sequence[Sequence[int]]
@@ -56,12 +56,13 @@ class Calibration:
 
     @property
     def tokens(self) -> int:
-        """Of all windows, without what was written for training."""
+        """Of the windows, without what was written beside them."""
         return len(self.windows) * len(self.windows[0])
 
     def first(self, tokens: int) -> "Calibration":
-        """No more windows than hold so many tokens, at least one."""
-        return replace(self, windows=self.windows[: max(1, tokens // len(self.windows[0]))], written=())
+        """No more windows than hold so many tokens, at least one: those of the text, then what was written beside them."""
+        count = max(1, tokens // len(self.windows[0]))
+        return replace(self, windows=[*self.windows, *self.written][:count], written=())
 
 
 def solve_plan(

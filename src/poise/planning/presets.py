@@ -75,8 +75,9 @@ QUICK = {
     "balanced": replace(PRESETS["balanced"], tokens=98304),
     "best": replace(
         PRESETS["best"],
-        tune="distill(steps=800, hidden=5.0, reads=6)",
-        few="distill(steps=520, code_rate=0.004, hidden=5.0, reads=5)",
+        tokens=262144,
+        tune="distill(steps=600, hidden=5.0, reads=5)",
+        few="distill(steps=700, code_rate=0.004, hidden=5.0, reads=6)",
     ),
 }
 """What presets are instead where processors multiply bfloat16: as much as the same time holds there."""
