@@ -35,13 +35,17 @@ def presets() -> str:
     rows = ["| preset | transforms | solver | tokens | tuning | cost |", "|---|---|---|---:|---|---|"]
     both = {f"`{name}`": preset for name, preset in PRESETS.items()}
     both |= {f"`{name}` with bfloat16": preset for name, preset in QUICK.items()}
+    both = {
+        f"{name}{where}": preset
+        for name, whole in both.items()
+        for where, preset in (("", whole), (f", {FEW} bits", whole.few))
+        if preset is not None
+    }
     for name, preset in both.items():
-        tunings = [f"`{preset.tune}`" if preset.tune else "none"]
-        tunings += [f"at {FEW} bits `{preset.few}`"] if preset.few else []
+        tuning = f"`{preset.tune}`" if preset.tune else "none"
+        tuning += f" up to {preset.tune_up_to / 1e6:.0f} million weights" if preset.tune_up_to else ""
         before = ", ".join(f"`{spec}`" for spec in preset.transforms) or "none"
-        rows.append(
-            f"| {name} | {before} | `{preset.solver}` | {preset.tokens} | {'; '.join(tunings)} | {preset.cost} |"
-        )
+        rows.append(f"| {name} | {before} | `{preset.solver}` | {preset.tokens} | {tuning} | {preset.cost} |")
     return "\n".join(rows)
 
 
@@ -95,19 +99,19 @@ def not_measured(facts: dict[str, Any]) -> list[str]:
 def changed_since(rows: list[dict[str, Any]]) -> list[str]:
     """A sentence for each row whose preset is another by now."""
     known = [
-        (row, preset_of(row["preset"], row.get("on") == "bfloat16"))
+        (row, preset_of(row["preset"], row.get("on") == "bfloat16").at(row["bits"]))
         for row in rows
         if row["preset"] in PRESETS
     ]
     told = [
-        f"The row of `{row['preset']}` at {row['bits']} bits was measured when its {key} was `{row[key]}`."
+        f"The row of `{row['preset']}` at {row['bits']} bits was measured when its {key} was {f'`{row[key]}`' if row[key] else 'none'}."
         for row, preset in known
         for key, now in (
             ("solver", preset.solver),
             ("tokens", preset.tokens),
-            ("tune", preset.tuning(row["bits"])),
+            ("tune", preset.tune),
         )
-        if row.get(key) and row[key] != now
+        if key in row and row[key] != now
     ]
     return told + [
         f"The row of `{row['preset']}` at {row['bits']} bits was measured before its weights were transformed."

@@ -1,5 +1,7 @@
 """Plans: the first matching rule, the first accepted option, and a reason for every matrix."""
 
+import dataclasses
+
 import pytest
 
 from poise.core.errors import UsageError
@@ -85,6 +87,13 @@ def test_a_rule_that_matches_nothing_is_an_error_unless_optional(dead):
 def test_a_rule_behind_one_that_takes_all_is_an_error():
     with pytest.raises(UsageError, match="an earlier rule takes all"):
         plan(Rule(options=(INT4,)), Rule(role="ffn.*", options=(INT8,)))
+
+
+@pytest.mark.parametrize(("most", "trained"), [(None, True), (4 * 64 * 96, True), (4 * 64 * 96 - 1, False)])
+def test_a_model_of_more_weights_than_may_be_trained_is_not(most, trained):
+    wish = dataclasses.replace(recipe(Rule(options=(INT4,))), tune="distill", tune_up_to=most)
+    made = make_plan(wish, LINEARS, "gguf", lambda *_: None, "float16")
+    assert made.tune == ("distill" if trained else None)
 
 
 def test_plans_survive_json_and_hash_their_contents():

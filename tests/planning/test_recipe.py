@@ -1,5 +1,7 @@
 """Recipes: the shipped ones are valid, and mistakes are named with their place."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -66,7 +68,14 @@ def test_best_trains_codes_where_levels_are_few_and_scales_everywhere(quick):
     }
     assert rates.pop(2) > 0
     assert set(rates.values()) == {0.0}
-    assert preset_recipe("balanced", 2, quick=quick).tune is None
+
+
+def test_balanced_trains_small_models_where_levels_are_few_and_time_allows():
+    """Its promise is the memory of one block: nothing is trained whose size is not named."""
+    for bits, quick in itertools.product((2, 3, 4), (False, True)):
+        recipe = preset_recipe("balanced", bits, quick=quick)
+        assert (recipe.tune is not None) == (bits == 2 and quick)
+        assert (recipe.tune_up_to is not None) == (recipe.tune is not None)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])

@@ -47,6 +47,7 @@ class Recipe:
     Attributes:
         transforms: specs of what is done to weights before they are rounded, in this order.
         tune: spec of the training that comes after it, or None.
+        tune_up_to: weights of the largest model that is trained, since training holds all of it in memory; None for any.
         tokens: of calibration text; None for what the solvers need.
     """
 
@@ -56,6 +57,7 @@ class Recipe:
     gates: dict[str, float] = field(default_factory=dict)
     transforms: tuple[str, ...] = ()
     tune: str | None = None
+    tune_up_to: int | None = None
     tokens: int | None = None
 
 

@@ -43,12 +43,14 @@ def make_plan(
                 "matrix of this model: it matches nothing, or an earlier rule takes all it matches. Correct it, "
                 "or mark it optional: true"
             )
+    most = recipe.tune_up_to
+    trained = most is None or sum(linear.numel for linear in linears) <= most
     return Plan(
         recipe=recipe.name,
         exporter=exporter,
         rows=tuple(rows),
         transforms=recipe.transforms,
-        tune=recipe.tune,
+        tune=recipe.tune if trained else None,
         tokens=recipe.tokens,
     )
 

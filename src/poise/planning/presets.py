@@ -20,6 +20,8 @@ from poise.core.precision import product_dtype
 FEW = 2
 """Bits up to which codes are worth training. Among more levels the gradient of a single code is lost in noise: after hundreds of
 steps a thousandth of them had moved, by chance (docs/lab.md)."""
+SMALL = 200_000_000
+"""Weights up to which a preset of minutes trains where levels are few: training takes some 40 bytes for each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,53 +33,65 @@ class Preset:
         tokens: of calibration text.
         transforms: specs of what is done to weights before.
         tune: spec of what follows after all layers, or None.
-        few: instead of it where levels are few; None if nothing changes.
+        tune_up_to: as in a recipe.
+        few: the preset that it is where levels are few; None if it stays the same.
         cost: for people.
     """
 
     solver: str
     tokens: int
-    tune: str | None
     cost: str
     transforms: tuple[str, ...] = ()
-    few: str | None = None
+    tune: str | None = None
+    tune_up_to: int | None = None
+    few: "Preset | None" = None
 
-    def tuning(self, bits: int) -> str | None:
-        """Spec of what follows after all layers of so many bits."""
-        return self.few if self.few is not None and bits <= FEW else self.tune
+    def at(self, bits: int) -> "Preset":
+        """What it is for so many bits."""
+        return self.few if self.few is not None and bits <= FEW else self
 
+
+FAST = Preset(
+    solver="gptq(damp=0.3)",
+    tokens=1024,
+    cost="seconds for a model of 100 million weights; no text of yours",
+)
+BALANCED = Preset(
+    solver="gptaq(groups='twice', damp=0.2) -> refine(damp=0.2)",
+    transforms=("equalize",),
+    tokens=28672,
+    cost="minutes for a model of 100 million weights; memory of one block",
+)
+BEST = replace(
+    BALANCED,
+    tokens=131072,
+    tune="distill(steps=260, batch=1024, hidden=5.0)",
+    cost="up to hours for a model of 100 million weights; memory of the whole model",
+)
 
 PRESETS = {
-    "fast": Preset(
-        solver="gptq(damp=0.3)",
-        tokens=1024,
-        tune=None,
-        cost="seconds for a model of 100 million weights; no text of yours",
-    ),
-    "balanced": Preset(
-        solver="gptaq(groups='twice', damp=0.2) -> refine(damp=0.2)",
-        transforms=("equalize",),
-        tokens=28672,
-        tune=None,
-        cost="minutes for a model of 100 million weights; memory of one block",
-    ),
-    "best": Preset(
-        solver="gptaq(groups='twice', damp=0.2) -> refine(damp=0.2)",
-        transforms=("equalize",),
-        tokens=131072,
-        tune="distill(steps=260, batch=1024, hidden=5.0)",
-        few="distill(steps=150, code_rate=0.004, hidden=5.0, reads=2)",
-        cost="up to hours for a model of 100 million weights; memory of the whole model",
-    ),
+    "fast": FAST,
+    "balanced": BALANCED,
+    "best": replace(BEST, few=replace(BEST, tune="distill(steps=150, code_rate=0.004, hidden=5.0, reads=2)")),
 }
 
 QUICK = {
-    "balanced": replace(PRESETS["balanced"], tokens=98304),
+    "balanced": replace(
+        BALANCED,
+        tokens=98304,
+        few=replace(
+            BALANCED,
+            tokens=57344,
+            tune="distill(steps=44, code_rate=0.008, hidden=5.0)",
+            tune_up_to=SMALL,
+            cost="minutes for a model of 100 million weights; memory of one block, or of a small model as a whole",
+        ),
+    ),
     "best": replace(
-        PRESETS["best"],
+        BEST,
         tokens=262144,
         tune="distill(steps=600, hidden=5.0, reads=5)",
-        few="distill(steps=700, code_rate=0.004, hidden=5.0, reads=6)",
+        few=replace(BEST, tokens=262144, tune="distill(steps=700, code_rate=0.004, hidden=5.0, reads=6)"),
     ),
 }
 """What presets are instead where processors multiply bfloat16: as much as the same time holds there."""
@@ -106,7 +120,7 @@ def preset_recipe(name: str, bits: int = 4, group: int = 64, quick: bool | None 
     Raises:
         UsageError: no such preset, or bits and group that are no integers.
     """
-    preset = preset_of(name, product_dtype() == torch.bfloat16 if quick is None else quick)
+    preset = preset_of(name, product_dtype() == torch.bfloat16 if quick is None else quick).at(bits)
     options = [
         f"int(bits={bits}, group={group}, symmetric=False)",
         f"int(bits={bits}, group={group}, symmetric=False, zero='minimum')",
@@ -125,6 +139,7 @@ def preset_recipe(name: str, bits: int = 4, group: int = 64, quick: bool | None 
         description=f"{bits}-bit integers in groups of {group}; {preset.cost}",
         rules=(*keep, rule),
         transforms=preset.transforms,
-        tune=preset.tuning(bits),
+        tune=preset.tune,
+        tune_up_to=preset.tune_up_to,
         tokens=preset.tokens,
     )

@@ -38,6 +38,7 @@ class _Recipe(_Strict):
     gates: dict[str, float] = {}
     transforms: list[str] = []
     tune: str | None = None
+    tune_up_to: int | None = None
     tokens: int | None = None
 
 
@@ -99,6 +100,7 @@ def _parse(text: str, name: str, where: str) -> Recipe:
         gates=data.gates,
         transforms=tuple(data.transforms),
         tune=data.tune,
+        tune_up_to=data.tune_up_to,
         tokens=data.tokens,
     )
 
