@@ -53,6 +53,15 @@ def test_mistakes_are_named(tmp_path, text, message):
         load_recipe(path)
 
 
+def test_training_and_its_limit_are_read_from_a_file(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "description: d\nrules: [{options: [int]}]\ntune: distill(steps=7)\ntune_up_to: 1000\ntokens: 5\n"
+    )
+    recipe = load_recipe(path)
+    assert (recipe.tune, recipe.tune_up_to, recipe.tokens) == ("distill(steps=7)", 1000, 5)
+
+
 def test_an_unknown_recipe_offers_the_nearest():
     with pytest.raises(UsageError, match="did you mean 'mobile'"):
         load_recipe("moblie")

@@ -1,7 +1,8 @@
 """Presets: one wish for all linears of the stack, by what it may cost.
 
     fast       no data of yours: error feedback with half of the short built-in text, hardly believed. Seconds.
-    balanced   channels equalized, the same under the Hessian of more text, then coordinate descent. Minutes.
+    balanced   channels equalized, the same under the Hessian of more text, then coordinate descent. Minutes. Where levels are few and
+               time is left, small models are tuned for a moment, as in best.
     best       the same on more text, then scales and norms are tuned to the original's answers, and codes where levels are few.
                Up to hours.
 
