@@ -56,7 +56,7 @@ def test_mistakes_are_named(tmp_path, text, message):
 def test_training_and_its_limit_are_read_from_a_file(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(
-        "description: d\nrules: [{options: [int]}]\ntune: distill(steps=7)\ntune_up_to: 1000\ntokens: 5\n"
+        "description: d\nrules: [{options: ['int(bits=2, group=32)']}]\ntune: distill(steps=7)\ntune_up_to: 1000\ntokens: 5\n"
     )
     recipe = load_recipe(path)
     assert (recipe.tune, recipe.tune_up_to, recipe.tokens) == ("distill(steps=7)", 1000, 5)
