@@ -94,6 +94,16 @@ def test_a_model_of_more_weights_than_may_be_trained_is_not(most, trained):
     wish = dataclasses.replace(recipe(Rule(options=(INT4,))), tune="distill", tune_up_to=most)
     made = make_plan(wish, LINEARS, "gguf", lambda *_: None, "float16")
     assert made.tune == ("distill" if trained else None)
+    assert (made.untrained is None) == trained
+
+
+def test_a_plan_says_why_a_model_is_not_trained():
+    wish = dataclasses.replace(recipe(Rule(options=(INT4,))), tune="distill", tune_up_to=4096)
+    made = make_plan(wish, LINEARS, "gguf", lambda *_: None, "float16")
+    assert made.untrained == "the recipe trains models of up to 4,096 weights, this has 24,576"
+    assert Plan.from_json(made.to_json()).untrained == made.untrained
+    calm = dataclasses.replace(wish, tune=None)
+    assert make_plan(calm, LINEARS, "gguf", lambda *_: None, "float16").untrained is None
 
 
 def test_plans_survive_json_and_hash_their_contents():

@@ -89,13 +89,18 @@ class PlanRow:
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """Every matrix of a model, in the model's order, for one exporter; ``transforms``, ``tune`` and
-    ``tokens`` as in the recipe."""
+    ``tokens`` as in the recipe.
+
+    Attributes:
+        untrained: why the recipe's training is not planned; None if it is, or if there is none.
+    """
 
     recipe: str
     exporter: str
     rows: tuple[PlanRow, ...]
     transforms: tuple[str, ...] = ()
     tune: str | None = None
+    untrained: str | None = None
     tokens: int | None = None
 
     def __post_init__(self) -> None:

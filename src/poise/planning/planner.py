@@ -43,14 +43,14 @@ def make_plan(
                 "matrix of this model: it matches nothing, or an earlier rule takes all it matches. Correct it, "
                 "or mark it optional: true"
             )
-    most = recipe.tune_up_to
-    trained = most is None or sum(linear.numel for linear in linears) <= most
+    untrained = _untrained(recipe, linears)
     return Plan(
         recipe=recipe.name,
         exporter=exporter,
         rows=tuple(rows),
         transforms=recipe.transforms,
-        tune=recipe.tune if trained else None,
+        tune=None if untrained else recipe.tune,
+        untrained=untrained,
         tokens=recipe.tokens,
     )
 
@@ -72,6 +72,14 @@ def check_plan(plan: Plan, linears: Sequence[Linear], accepts: Accepts, scale_dt
         _settled(row, linear, accepts, scale_dtype) for row, linear in zip(rows, linears, strict=True) if row
     ]
     return replace(plan, rows=tuple(settled))
+
+
+def _untrained(recipe: Recipe, linears: Sequence[Linear]) -> str | None:
+    """Why a model is not trained although the recipe would."""
+    weights, most = sum(linear.numel for linear in linears), recipe.tune_up_to
+    if recipe.tune is None or most is None or weights <= most:
+        return None
+    return f"the recipe trains models of up to {most:,} weights, this has {weights:,}"
 
 
 def _settled(row: PlanRow, linear: Linear, accepts: Accepts, scale_dtype: str) -> PlanRow:

@@ -23,7 +23,7 @@ VERDICTS = {
 
 
 def print_plan(console: Console, plan: Plan) -> None:
-    """Matrices by format; every kept one, and every wish that was not met, with its reason."""
+    """Matrices by format; every kept one, and every wish that was not met, with its reason; what is done before and afterwards."""
     table = Table(
         "format", "solver", "matrices", "weights", "roles", title=escape(f"{plan.recipe} for {plan.exporter}")
     )
@@ -43,6 +43,10 @@ def print_plan(console: Console, plan: Plan) -> None:
             style="yellow" if rows[0].kept else "dim",
             highlight=False,
         )
+    around = {"before": ", ".join(plan.transforms), "afterwards": plan.tune, "not trained": plan.untrained}
+    for when, what in around.items():
+        if what:
+            console.print(escape(f"  {when}: {what}"), highlight=False)
 
 
 def _remarks(plan: Plan) -> dict[str, list[PlanRow]]:
