@@ -91,7 +91,7 @@ QUICK = {
     "best": replace(
         BEST,
         tokens=262144,
-        tune="distill(steps=400, hidden=5.0, reads=3)",
+        tune="distill(steps=667, hidden=5.0, reads=5)",
         few=replace(BEST, tokens=262144, tune="distill(steps=700, code_rate=0.004, hidden=5.0, reads=6)"),
     ),
 }

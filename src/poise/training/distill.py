@@ -43,7 +43,7 @@ TAUGHT = 3
 """Of so many blocks one's hidden states are taught."""
 LEVELS = 8
 """Of a grid that learns at the given rates, or a coarser one. Of a finer grid less was lost, and the same steps would undo more of
-what was solved: its rates fall with the cube of its levels. (Measured at 8 and 16 levels; docs/lab.md.)"""
+what was solved: its rates fall with the square of its levels. (Measured at 8 and 16 levels; docs/lab.md.)"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +91,7 @@ class Distill:
         steps: of training.
         batch: tokens of a step, about.
         scale_rate: learning rate of scales, as a share of their root mean square. All rates are those of a grid of up to eight levels; of
-            a finer one they fall with the cube of its levels, and norms learn as fast as the coarsest.
+            a finer one they fall with the square of its levels, and norms learn as fast as the coarsest.
         norm_rate: likewise of norms: some are forty times smaller than others.
         code_rate: learning rate of codes, in levels a step; 0 leaves them as they are. Formats that are not scalar keep
             theirs.
@@ -423,7 +423,7 @@ def _attach(
 def _pace(format: Format) -> float:
     """Share of the learning rates at which weights of a format learn."""
     levels = LEVELS if format.alphabet is None else len(format.alphabet)
-    return min(1.0, (LEVELS / levels) ** 3)
+    return min(1.0, (LEVELS / levels) ** 2)
 
 
 def _size(value: Tensor) -> float:
