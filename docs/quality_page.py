@@ -97,27 +97,25 @@ def not_measured(facts: dict[str, Any]) -> list[str]:
 
 
 def changed_since(rows: list[dict[str, Any]]) -> list[str]:
-    """A sentence for each row whose preset is another by now."""
-    known = [
-        (row, preset_of(row["preset"], row.get("on") == "bfloat16").at(row["bits"]))
-        for row in rows
-        if row["preset"] in PRESETS
-    ]
-    told = [
-        f"The row of `{row['preset']}` at {row['bits']} bits was measured when its {key} was {f'`{row[key]}`' if row[key] else 'none'}."
-        for row, preset in known
-        for key, now in (
-            ("solver", preset.solver),
-            ("tokens", preset.tokens),
-            ("tune", preset.tune),
-        )
-        if key in row and row[key] != now
-    ]
-    return told + [
-        f"The row of `{row['preset']}` at {row['bits']} bits was measured before its weights were transformed."
-        for row, preset in known
-        if tuple(row.get("transforms", ())) != preset.transforms
-    ]
+    """The rows whose preset is another by now, with what it was."""
+    told = []
+    for row in rows:
+        if row["preset"] not in PRESETS:
+            continue
+        on = row.get("on", "float32")
+        preset = preset_of(row["preset"], on == "bfloat16").at(row["bits"])
+        was = {"transforms": ", ".join(row.get("transforms", ()))}
+        was |= {key: row[key] for key in ("solver", "tokens", "tune") if key in row}
+        now = vars(preset) | {"transforms": ", ".join(preset.transforms)}
+        changed = [
+            f"{key} {f'`{value}`' if value else 'none'}" for key, value in was.items() if value != now[key]
+        ]
+        if changed:
+            told.append(f"| `{row['preset']}` | {row['bits']} | {on} | {', '.join(changed)} |")
+    if not told:
+        return []
+    head = ["| | bits | on | measured with |", "|---|---:|---|---|"]
+    return ["Rows whose preset is another by now:", "\n".join(head + told)]
 
 
 def second_parts(facts: dict[str, Any]) -> list[str]:
