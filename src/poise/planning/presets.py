@@ -83,7 +83,7 @@ QUICK = {
         few=replace(
             BALANCED,
             tokens=57344,
-            tune="distill(steps=44, code_rate=0.008, hidden=5.0)",
+            tune="distill(steps=88, batch=1024, code_rate=0.008, hidden=5.0)",
             tune_up_to=SMALL,
             cost="minutes for a model of 100 million weights; memory of one block, or of a small model as a whole",
         ),
