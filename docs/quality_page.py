@@ -121,14 +121,14 @@ def changed_since(rows: list[dict[str, Any]]) -> list[str]:
 def second_parts(facts: dict[str, Any]) -> list[str]:
     """The table of benchmarks/second_model.py."""
     rows = [
-        "| | grid | stored bits | runs in | seconds | KL, held-out | top-1 | KL, docstrings |",
-        "|---|---|---:|---|---:|---:|---:|---:|",
+        "| | grid | stored bits | runs in | seconds | on | KL, held-out | top-1 | KL, docstrings |",
+        "|---|---|---:|---|---:|---|---:|---:|---:|",
     ]
     for row in facts["rows"]:
         held, other = row["held-out"], row["docstrings"]
         rows.append(
             f"| `{row['preset']}` | {row['bits']} bits, groups of {row['group']} | {row['stored']:.2f} | {row['runs_in']} "
-            f"| {row['seconds']:.0f} | {held['kl']:.4f} ± {held['half']:.4f} | {held['top1']:.3f} "
+            f"| {row['seconds']:.0f} | {row.get('on', 'float32')} | {held['kl']:.4f} ± {held['half']:.4f} | {held['top1']:.3f} "
             f"| {other['kl']:.4f} ± {other['half']:.4f} |"
         )
     return [
